@@ -1,0 +1,114 @@
+"""The model's config: layer groups, MTP, norms, and the layout over processes.
+
+A model is a list of layer groups, so hybrids are lists, not flags. The classes of the parts stand
+beside their modules (``attention/``, ``ffn/``); ``fathom.settings`` reads them all from TOML.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fathom.attention import ATTENTION, AttentionConfig
+from fathom.ffn import FFNS, FFNConfig
+from fathom.layers.base import Config, OneOf, require, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGroup(Config):
+    """``count`` equal layers."""
+
+    count: int
+    attention: Annotated[AttentionConfig, OneOf(ATTENTION)]
+    ffn: Annotated[FFNConfig, OneOf(FFNS)]
+
+    def __post_init__(self) -> None:
+        require_positive(self, "count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTPConfig(Config):
+    """Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+    Each module is one more layer, shaped as the last group; embedding and head are the model's own.
+
+    Args:
+        n_mtp_modules: how many tokens beyond the next one are predicted.
+        mtp_loss_coeff: weight of the mean MTP loss.
+        late_mtp_loss_coeff: its weight from ``late_from`` of training on; None: no change.
+        late_from: a share of training, 0 to 1 (V3: 10 of 14.8 T tokens).
+        post_norm_hidden: feed the hidden state after the final norm (as Hugging Face, vLLM), not before.
+    """
+
+    n_mtp_modules: int = 1
+    mtp_loss_coeff: float = 0.3
+    late_mtp_loss_coeff: float | None = None
+    late_from: float = 0.67
+    post_norm_hidden: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "n_mtp_modules")
+        require(self.mtp_loss_coeff >= 0, f"mtp_loss_coeff must be at least 0, got {self.mtp_loss_coeff}")
+        require(0 <= self.late_from <= 1, f"late_from is a share from 0 to 1, got {self.late_from}")
+
+    def loss_coeff(self, progress: float) -> float:
+        """The weight at ``progress`` (0 to 1) of training."""
+        late = self.late_mtp_loss_coeff
+        return self.mtp_loss_coeff if late is None or progress < self.late_from else late
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """A transformer decoder.
+
+    Args:
+        vocab_size: tokens.
+        dim: residual width D.
+        groups: the layers, bottom to top.
+        max_seq_len: the context it is meant for; the calculators' default length.
+        norm_eps: of every RMSNorm but MLA's two inner ones.
+        tie_embeddings: the head is the embedding.
+        init_std: standard deviation of the initial weights.
+        depth_scaled_init: divide the std of each block's two output projections by sqrt(2 layers).
+        mtp: multi-token prediction, or None.
+    """
+
+    vocab_size: int
+    dim: int
+    groups: tuple[LayerGroup, ...]
+    max_seq_len: int = 4096
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    depth_scaled_init: bool = False
+    mtp: MTPConfig | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "vocab_size", "dim", "max_seq_len")
+        require(len(self.groups) >= 1, "groups must hold at least one layer group, got none")
+        bounds = {"n_layers": 1000, "dim": 65536, "vocab_size": 2**20, "max_seq_len": 2**24}
+        for field, bound in bounds.items():
+            value = getattr(self, field)
+            require(value <= bound, f"{field} must be at most {bound}, got {value}")
+
+    @property
+    def n_layers(self) -> int:
+        return sum(group.count for group in self.groups)
+
+    def layers(self) -> list[LayerGroup]:
+        """The group of each layer, bottom to top."""
+        return [group for group in self.groups for _ in range(group.count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Config):
+    """The layout over processes. One process for now: more than one is refused."""
+
+    dp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("dp", "ep"):
+            value = getattr(self, axis)
+            require(
+                value == 1,
+                f"parallel.{axis} must be 1, got {value}: this version runs in one process",
+            )

@@ -1,0 +1,160 @@
+"""The folder of a prepared corpus, and how it comes to exist whole or not at all.
+
+``meta.json``, ``tokenizer.json``, and for each split and domain ``<domain>.bin`` (ids, uint16, or
+uint32 above 65,536 ids), ``<domain>.npz`` (where each document starts, how many bytes of text it
+stands for) and ``<domain>.names.jsonl``. Written beside its final name, synced, then renamed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import numpy as np
+
+Split = Literal["train", "heldout"]
+Kind = Literal["text", "symbols"]
+FORMAT = 1
+SPLITS: tuple[Split, Split] = ("train", "heldout")
+
+
+class SplitFiles(TypedDict):
+    """What ``meta.json`` says of one domain in one split."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class DomainFiles(TypedDict):
+    """What ``meta.json`` says of one domain."""
+
+    name: str
+    kind: Kind
+    train: SplitFiles
+    heldout: SplitFiles
+
+
+class ShardWriter:
+    """Appends the documents of one domain and split; ``close`` writes the index."""
+
+    def __init__(self, folder: Path, domain: str, vocab_size: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self._stem = folder / domain
+        self._dtype = id_dtype(vocab_size)
+        self._ids = open(f"{self._stem}.bin", "wb")  # noqa: SIM115 (closed by close)
+        self._names = open(f"{self._stem}.names.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._offsets = [0]
+        self._bytes: list[int] = []
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, ids: Sequence[int], n_bytes: int) -> None:
+        """Append one document: its ids, special ids included, and its bytes (image: pixels)."""
+        raw = np.asarray(ids, self._dtype).tobytes()
+        self._ids.write(raw)
+        self._digest.update(raw)
+        self._names.write(json.dumps(name, ensure_ascii=False) + "\n")
+        self._offsets.append(self._offsets[-1] + len(ids))
+        self._bytes.append(n_bytes)
+
+    def close(self) -> SplitFiles:
+        """Finish the files; returns the counts and the hash that go into ``meta.json``."""
+        self._ids.close()
+        self._names.close()
+        offsets, n_bytes = np.array(self._offsets, np.int64), np.array(self._bytes, np.int64)
+        np.savez(f"{self._stem}.npz", offsets=offsets, bytes=n_bytes)
+        return {
+            "documents": len(self._bytes),
+            "tokens": self._offsets[-1],
+            "bytes": sum(self._bytes),
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+def finish_folder(
+    folder: Path, tokenizer: bytes, vocab_size: int, domains: Sequence[DomainFiles], statistics: dict
+) -> None:
+    """Write ``tokenizer.json`` and ``meta.json``, which makes the folder a prepared corpus.
+
+    The fingerprint is one hash of the tokenizer and of every id, whatever the folder is called.
+    """
+    identity = [[d["name"], d["kind"], *(d[split]["sha256"] for split in SPLITS)] for d in domains]
+    meta = {
+        "format": FORMAT,
+        "vocab_size": vocab_size,
+        "dtype": id_dtype(vocab_size).str,
+        "fingerprint": hashlib.sha256(tokenizer + json.dumps(identity).encode()).hexdigest()[:32],
+        "domains": list(domains),
+        "statistics": statistics,
+    }
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
+    (folder / "meta.json").write_text(text, encoding="utf-8")
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+def check_domain_name(name: str) -> str:
+    """A domain names files and configuration keys: letters, digits, ``_`` and ``-``."""
+    if not re.fullmatch(r"[\w-]{1,64}", name):
+        raise ValueError(f"domain {name!r} must be 1 to 64 letters, digits, '_' or '-'")
+    return name
+
+
+@contextmanager
+def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling of ``out`` that becomes ``out`` if the block ends well, else vanishes.
+
+    Raises:
+        ValueError: ``out`` exists and is not empty; ``force`` replaces it if it is a prepared corpus.
+    """
+    refuse_existing(out, force=force)
+    partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:12]}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        _move(partial, out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(out: Path, *, force: bool) -> None:
+    """Refuse to write over a folder with anything in it, or over what is no prepared corpus."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "meta.json").is_file():
+        raise ValueError(f"{out} exists and is not a prepared corpus: name another folder")
+    if not force:
+        raise ValueError(f"{out} holds a prepared corpus already: name another folder or use --force")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _move(partial: Path, out: Path) -> None:
+    if not (out / "meta.json").exists():
+        os.rename(partial, out)
+        return
+    replaced = out.with_name(f"{partial.name}-replaced")
+    os.rename(out, replaced)
+    os.rename(partial, out)
+    shutil.rmtree(replaced)

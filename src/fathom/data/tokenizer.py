@@ -1,0 +1,231 @@
+"""Byte-level BPE: every text is encodable, and every token stands for a known number of bytes.
+
+Bits per byte needs that number exactly, so only byte-level vocabularies are accepted. A
+``tokenizer.json`` may come from a stranger: the Rust library is called inside ``guarded``, because
+what it raises on bad input can be a panic, which is no ``Exception``.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from fathom.data.images import BEGIN, GREYS
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+# Ours first, then those of Llama 3, DeepSeek, Llama-like and GPT-2-like vocabularies.
+BOS_NAMES = (BOS, "<|begin_of_text|>", "<\uff5cbegin▁of▁sentence\uff5c>", "<s>", "<|endoftext|>")
+EOS_NAMES = (EOS, "<|end_of_text|>", "<\uff5cend▁of▁sentence\uff5c>", "</s>", "<|endoftext|>")
+MAX_FILE_BYTES = 64 * 2**20
+MAX_VOCAB = 2**22
+
+
+@contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """Turn whatever ``tokenizers`` raises into a ``ValueError`` of one sentence."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # PanicException is not an Exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{what}: {reason[:200]}") from None
+
+
+class Tokenizer:
+    """Text to ids and back, with the number of UTF-8 bytes each id stands for.
+
+    Attributes:
+        vocab_size: number of ids, image ids included.
+        text_vocab_size: number of ids before the first image id.
+        bos_id, eos_id: what stands before and after every document.
+        token_bytes: ``[vocab_size]`` int32, UTF-8 bytes of a token; 0 for special and image ids.
+        is_symbol: ``[vocab_size]`` bool, True for the grey levels of images.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer") -> None:
+        self._backend = backend
+        self._backend.encode_special_tokens = True  # "<|eos|>" inside a text is plain text
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        described = json.loads(backend.to_str())
+        if not _is_byte_level(described):
+            raise ValueError(
+                f"{source} is not a byte-level BPE vocabulary: bits per byte needs to know the "
+                "bytes of every token; train one by leaving the tokenizer out"
+            )
+        added = {token["content"]: token["special"] for token in described["added_tokens"]}
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MAX_VOCAB:
+            raise ValueError(f"{source} has ids up to {self.vocab_size - 1}, outside 0..{MAX_VOCAB}")
+        self._pieces = _pieces(vocab, added, self.vocab_size, source)
+        self.bos_id = _first_known(BOS_NAMES, vocab, source)
+        self.eos_id = _first_known(EOS_NAMES, vocab, source)
+        self.text_vocab_size = vocab.get(BEGIN, self.vocab_size)
+        self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
+        self.is_symbol = np.zeros(self.vocab_size, np.bool_)
+        self.is_symbol[[vocab[grey] for grey in GREYS if grey in vocab]] = True
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a ``tokenizer.json``.
+
+        Raises:
+            ValueError: the file is missing, too large, damaged, not byte-level, or names no
+                begin-of-text or end-of-text token.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"tokenizer {path} is not a file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"tokenizer {path} is larger than {MAX_FILE_BYTES // 2**20} MB")
+        return cls.from_bytes(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, source: str = "tokenizer.json") -> "Tokenizer":
+        """The same from a file's content; ``source`` names it in errors."""
+        with guarded(f"{source} is not a tokenizer.json that can be read"):
+            backend = tokenizers.Tokenizer.from_str(content.decode())
+        return cls(backend, source)
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``tokenizer.json`` that other libraries read too."""
+        Path(path).write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of ``tokenizer.json``, equal for equal tokenizers."""
+        return self._backend.to_str(pretty=True).encode()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``; no special token is added or recognised."""
+        with guarded("the text cannot be encoded"):
+            return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, on several threads."""
+        with guarded("a text cannot be encoded"):
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; special and image ids stand for nothing, cut characters for U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ``ids``: exactly the UTF-8 of the text they were encoded from."""
+        pieces = self._pieces
+        return b"".join([pieces[i] for i in ids])
+
+    def token_name(self, token_id: int) -> str:
+        """How the vocabulary writes this id, for special and image ids too."""
+        return self._names[token_id]
+
+    def decode_stream(self) -> "DecodeStream":
+        """A decoder to which ids are given one at a time."""
+        return DecodeStream(self)
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {i: name for name, i in self._backend.get_vocab(with_added_tokens=True).items()}
+
+
+class DecodeStream:
+    """Text of ids that come one by one: a character is given out once its last byte is there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int) -> str:
+        """The text that became certain with this id, often one word, sometimes nothing."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
+
+    def finish(self) -> str:
+        """What is left: nothing, or U+FFFD for a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, extra_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """Train byte-level BPE; all 256 bytes, BOS and EOS are in it, so no text is unknown.
+
+    Args:
+        texts: training documents only, in an order that does not change from run to run.
+        vocab_size: ids in all; fewer come out when the texts hold fewer repeated pairs.
+        extra_tokens: special tokens (of images) that take the last ids.
+    """
+    text_size = vocab_size - len(extra_tokens)
+    if text_size < 258 or vocab_size > MAX_VOCAB:
+        raise ValueError(
+            f"vocab_size must be {258 + len(extra_tokens)} (256 bytes and the special tokens) "
+            f"to {MAX_VOCAB}, got {vocab_size}"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=text_size,
+        special_tokens=[_special(BOS), _special(EOS)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    with guarded("the tokenizer cannot be trained"):
+        backend.train_from_iterator(texts, trainer)
+        backend.add_special_tokens([_special(token) for token in extra_tokens])
+    return Tokenizer(backend)
+
+
+def _special(name: str) -> AddedToken:
+    return AddedToken(name, special=True, normalized=False)
+
+
+def _is_byte_level(described: dict) -> bool:
+    decoder = described.get("decoder") or {}
+    parts = decoder.get("decoders", [decoder])
+    kinds = {part.get("type") for part in parts}
+    return described["model"]["type"] == "BPE" and kinds == {"ByteLevel"}
+
+
+def _pieces(
+    vocab: dict[str, int], added: dict[str, bool], size: int, source: str
+) -> list[bytes]:
+    """The bytes of every id: the byte-level alphabet undone; none for special tokens and gaps."""
+    to_byte = _byte_of_character()
+    pieces = [b""] * size
+    for name, i in vocab.items():
+        if name in added:
+            pieces[i] = b"" if added[name] else name.encode()
+            continue
+        try:
+            pieces[i] = bytes([to_byte[character] for character in name])
+        except KeyError:
+            raise ValueError(f"{source}: token {name!r} is not written in byte-level letters") from None
+    return pieces
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: a printable byte stands for itself, the others for letters from U+0100 on."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return {chr(byte): byte for byte in kept} | {chr(256 + n): b for n, b in enumerate(moved)}
+
+
+def _first_known(names: Sequence[str], vocab: dict[str, int], source: str) -> int:
+    for name in names:
+        if name in vocab:
+            return vocab[name]
+    raise ValueError(f"{source} has none of the special tokens {', '.join(names)}")

@@ -1,0 +1,55 @@
+"""The interface of an FFN: a config that counts, and a module with one forward.
+
+Shapes: B batch, T tokens, D model dim, E experts.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fathom.layers.base import Config
+from fathom.layers.step import Step
+
+
+class Routing(NamedTuple):
+    """What one MoE layer says about one forward. Returned, never stored: recomputation is safe.
+
+    Args:
+        balance_loss: scalar float32, already weighted; added to the loss.
+        tokens_per_expert: int64 ``[E]``, how many (token, choice) pairs each expert got.
+        entropy: scalar float32, mean over tokens of the entropy of the normalised scores (nats).
+    """
+
+    balance_loss: Tensor
+    tokens_per_expert: Tensor
+    entropy: Tensor
+
+
+class FFN(nn.Module, ABC):
+    """``forward(x_BTD, step) -> ([B, T, D], Routing or None)``; None: nothing is routed."""
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor, step: Step) -> tuple[Tensor, Routing | None]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNConfig(Config, ABC):
+    """What every FFN's config answers, from its numbers alone."""
+
+    @abstractmethod
+    def build(self, dim: int) -> FFN:
+        """The module for a residual width of ``dim``."""
+
+    @abstractmethod
+    def num_params(self, dim: int) -> int:
+        """All weights and biases (routing-only bias buffers excluded)."""
+
+    @abstractmethod
+    def num_active_params(self, dim: int) -> int:
+        """Those that one token reads."""
+
+    @abstractmethod
+    def flops_per_token(self, dim: int) -> int:
+        """Forward FLOPs per token (2 per multiply-add)."""

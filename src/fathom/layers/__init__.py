@@ -1,0 +1,1 @@
+"""The small parts that attention, ffn and model share."""
