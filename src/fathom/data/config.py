@@ -16,7 +16,7 @@ BUNDLED_TOKENIZERS = ("1k", "4k")
 class DataConfig(Config):
     """``source`` is ``"bundled"`` or a folder made by ``fathom data prepare``.
 
-    A prepared folder brings its own tokenizer, so ``tokenizer`` chooses for the bundled corpus only.
+    A prepared folder brings its own tokenizer: ``tokenizer`` chooses for the bundled corpus only.
     ``weights`` gives each domain's share of the tokens drawn, in any unit; empty draws every domain
     by its number of training tokens, and a domain left out of a non-empty table is not drawn.
     ``workers`` prefetch threads change the speed, never the stream.
@@ -33,8 +33,8 @@ class DataConfig(Config):
         require(self.source != "", 'data.source must be "bundled" or a folder, got ""')
         require(
             self.tokenizer in BUNDLED_TOKENIZERS,
-            f'data.tokenizer must be "1k" or "4k", got {self.tokenizer!r}: another vocabulary comes '
-            "with a folder made by fathom data prepare",
+            f'data.tokenizer must be "1k" or "4k", got {self.tokenizer!r}: another vocabulary '
+            "comes with a folder made by fathom data prepare",
         )
         require(0 <= self.workers <= 64, f"data.workers must be 0 to 64, got {self.workers}")
         for domain, weight in self.weights.items():

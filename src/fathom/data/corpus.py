@@ -21,9 +21,10 @@ from fathom.data.images import BEGIN, pixels_to_ids
 from fathom.data.shards import (
     FORMAT,
     DomainFiles,
-    ShardWriter,
+    Encoded,
     atomic_folder,
     finish_folder,
+    write_split,
 )
 from fathom.data.tokenizer import Tokenizer
 
@@ -38,14 +39,6 @@ class Document(NamedTuple):
 
     id: str
     text: str
-
-
-class Encoded(NamedTuple):
-    """A document as ids, and the number of bytes (image: pixels) that its ids stand for."""
-
-    name: str
-    ids: list[int]
-    size: int
 
 
 def is_heldout(document_id: str) -> bool:
@@ -78,7 +71,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Ite
 
 def encode_images(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
     """BEGIN, pixels, END of each image, with the number of pixels."""
-    begin_id = tokenizer.special_id(BEGIN)
+    begin_id = tokenizer.token_id(BEGIN)
     for document in documents:
         ids = pixels_to_ids(document.text, begin_id)
         yield Encoded(document.id, ids, len(document.text))
@@ -98,7 +91,7 @@ def bundled_folder(tokenizer: str) -> Path:
         return folder
     try:
         build_bundled(folder, tokenizer)
-    except OSError:
+    except (OSError, ValueError):
         if (folder / "meta.json").is_file():  # another process was first
             return folder
         folder = Path(tempfile.mkdtemp(prefix="fathom-")) / name
@@ -122,15 +115,14 @@ def _write_domain(
 ) -> DomainFiles:
     by_id = {document.id: document for document in read_bundled(domain)}
     heldout = [by_id.pop(document_id) for document_id in heldout_ids]
-    image = domain == "image"
-    encode = encode_images if image else encode_documents
+    encode = encode_images if domain == "image" else encode_documents
+    train = encode([*by_id.values()], tokenizer)
+    size = tokenizer.vocab_size
     return {
         "name": domain,
-        "kind": "symbols" if image else "text",
-        "train": write_split(
-            folder / "train", domain, encode([*by_id.values()], tokenizer), tokenizer
-        ),
-        "heldout": write_split(folder / "heldout", domain, encode(heldout, tokenizer), tokenizer),
+        "kind": "symbols" if domain == "image" else "text",
+        "train": write_split(folder / "train", domain, size, train),
+        "heldout": write_split(folder / "heldout", domain, size, encode(heldout, tokenizer)),
     }
 
 

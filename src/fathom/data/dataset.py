@@ -50,7 +50,8 @@ class Dataset:
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.vocab_size = self.tokenizer.vocab_size
         self.domains: list[str] = [domain["name"] for domain in meta["domains"]]
-        self.statistics: dict[str, Any] = meta["statistics"]
+        counted = {domain["name"]: domain for domain in meta["domains"]}
+        self.statistics: dict[str, Any] = {"domains": counted, **meta["statistics"]}
         self.fingerprint: str = meta["fingerprint"]
         self._kinds: dict[str, Kind] = {d["name"]: d["kind"] for d in meta["domains"]}
         self._shards = {
@@ -119,7 +120,7 @@ def open_dataset(cfg: DataConfig) -> Dataset:
         default = DataConfig.__dataclass_fields__["tokenizer"].default
         if cfg.tokenizer != default:
             raise ValueError(
-                f"data.tokenizer={cfg.tokenizer} chooses for the bundled corpus, but data.source is "
+                f"data.tokenizer={cfg.tokenizer} is for the bundled corpus, but data.source is "
                 f"{cfg.source}, which brings its own: leave data.tokenizer out"
             )
         dataset = Dataset(Path(cfg.source))
@@ -137,7 +138,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / "meta.json").read_bytes())
         if meta["format"] != FORMAT:
             raise ValueError(
-                f"{folder} has format {meta['format']}, this version reads {FORMAT}: prepare it again"
+                f"{folder} has format {meta['format']}, but this version reads {FORMAT}: "
+                "prepare it again"
             )
         for domain in meta["domains"]:
             check_domain_name(domain["name"])

@@ -11,17 +11,27 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
+
+from fathom.data.tokenizer import Tokenizer
 
 Split = Literal["train", "heldout"]
 Kind = Literal["text", "symbols"]
 FORMAT = 1
 SPLITS: tuple[Split, Split] = ("train", "heldout")
+
+
+class Encoded(NamedTuple):
+    """A document as ids, and the number of bytes (image: pixels) that its ids stand for."""
+
+    name: str
+    ids: list[int]
+    size: int
 
 
 class SplitFiles(TypedDict):
@@ -55,14 +65,14 @@ class ShardWriter:
         self._bytes: list[int] = []
         self._digest = hashlib.sha256()
 
-    def add(self, name: str, ids: Sequence[int], n_bytes: int) -> None:
-        """Append one document: its ids, special ids included, and its bytes (image: pixels)."""
-        raw = np.asarray(ids, self._dtype).tobytes()
+    def add(self, document: Encoded) -> None:
+        """Append one document."""
+        raw = np.asarray(document.ids, self._dtype).tobytes()
         self._ids.write(raw)
         self._digest.update(raw)
-        self._names.write(json.dumps(name, ensure_ascii=False) + "\n")
-        self._offsets.append(self._offsets[-1] + len(ids))
-        self._bytes.append(n_bytes)
+        self._names.write(json.dumps(document.name, ensure_ascii=False) + "\n")
+        self._offsets.append(self._offsets[-1] + len(document.ids))
+        self._bytes.append(document.size)
 
     def close(self) -> SplitFiles:
         """Finish the files; returns the counts and the hash that go into ``meta.json``."""
@@ -78,23 +88,34 @@ class ShardWriter:
         }
 
 
+def write_split(
+    folder: Path, domain: str, vocab_size: int, documents: Iterable[Encoded]
+) -> SplitFiles:
+    """Write all documents of one domain and split."""
+    writer = ShardWriter(folder, domain, vocab_size)
+    for document in documents:
+        writer.add(document)
+    return writer.close()
+
+
 def finish_folder(
-    folder: Path, tokenizer: bytes, vocab_size: int, domains: Sequence[DomainFiles], statistics: dict
+    folder: Path, tokenizer: Tokenizer, domains: Sequence[DomainFiles], statistics: dict[str, Any]
 ) -> None:
     """Write ``tokenizer.json`` and ``meta.json``, which makes the folder a prepared corpus.
 
     The fingerprint is one hash of the tokenizer and of every id, whatever the folder is called.
     """
     identity = [[d["name"], d["kind"], *(d[split]["sha256"] for split in SPLITS)] for d in domains]
+    content = tokenizer.to_bytes()
     meta = {
         "format": FORMAT,
-        "vocab_size": vocab_size,
-        "dtype": id_dtype(vocab_size).str,
-        "fingerprint": hashlib.sha256(tokenizer + json.dumps(identity).encode()).hexdigest()[:32],
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": id_dtype(tokenizer.vocab_size).str,
+        "fingerprint": hashlib.sha256(content + json.dumps(identity).encode()).hexdigest()[:32],
         "domains": list(domains),
         "statistics": statistics,
     }
-    (folder / "tokenizer.json").write_bytes(tokenizer)
+    (folder / "tokenizer.json").write_bytes(content)
     text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
     (folder / "meta.json").write_text(text, encoding="utf-8")
 
@@ -116,7 +137,7 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary sibling of ``out`` that becomes ``out`` if the block ends well, else vanishes.
 
     Raises:
-        ValueError: ``out`` exists and is not empty; ``force`` replaces it if it is a prepared corpus.
+        ValueError: ``out`` exists and is not empty; ``force`` replaces a prepared corpus.
     """
     refuse_existing(out, force=force)
     partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:12]}")
@@ -138,7 +159,9 @@ def refuse_existing(out: Path, *, force: bool) -> None:
     if not (out / "meta.json").is_file():
         raise ValueError(f"{out} exists and is not a prepared corpus: name another folder")
     if not force:
-        raise ValueError(f"{out} holds a prepared corpus already: name another folder or use --force")
+        raise ValueError(
+            f"{out} holds a prepared corpus already: name another folder or use --force"
+        )
 
 
 def sync(path: Path) -> None:

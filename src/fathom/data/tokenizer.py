@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from fathom.data.images import BEGIN, GREYS
@@ -65,7 +64,9 @@ class Tokenizer:
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         if not 0 < self.vocab_size <= MAX_VOCAB:
-            raise ValueError(f"{source} has ids up to {self.vocab_size - 1}, outside 0..{MAX_VOCAB}")
+            raise ValueError(
+                f"{source} has ids up to {self.vocab_size - 1}, outside 0..{MAX_VOCAB}"
+            )
         self._pieces = _pieces(vocab, added, self.vocab_size, source)
         self.bos_id = _first_known(BOS_NAMES, vocab, source)
         self.eos_id = _first_known(EOS_NAMES, vocab, source)
@@ -116,13 +117,20 @@ class Tokenizer:
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special and image ids stand for nothing, cut characters for U+FFFD."""
+        """The text of ``ids``, without special and image ids; a cut character becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ``ids``: exactly the UTF-8 of the text they were encoded from."""
         pieces = self._pieces
         return b"".join([pieces[i] for i in ids])
+
+    def token_id(self, name: str) -> int:
+        """The id of a special token; ``ValueError`` where the vocabulary has none of that name."""
+        token_id = self._backend.token_to_id(name)
+        if token_id is None:
+            raise ValueError(f"this tokenizer has no token {name}")
+        return token_id
 
     def token_name(self, token_id: int) -> str:
         """How the vocabulary writes this id, for special and image ids too."""
@@ -200,9 +208,7 @@ def _is_byte_level(described: dict) -> bool:
     return described["model"]["type"] == "BPE" and kinds == {"ByteLevel"}
 
 
-def _pieces(
-    vocab: dict[str, int], added: dict[str, bool], size: int, source: str
-) -> list[bytes]:
+def _pieces(vocab: dict[str, int], added: dict[str, bool], size: int, source: str) -> list[bytes]:
     """The bytes of every id: the byte-level alphabet undone; none for special tokens and gaps."""
     to_byte = _byte_of_character()
     pieces = [b""] * size
@@ -213,12 +219,14 @@ def _pieces(
         try:
             pieces[i] = bytes([to_byte[character] for character in name])
         except KeyError:
-            raise ValueError(f"{source}: token {name!r} is not written in byte-level letters") from None
+            raise ValueError(
+                f"{source}: token {name!r} is not written in byte-level letters"
+            ) from None
     return pieces
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: a printable byte stands for itself, the others for letters from U+0100 on."""
+    """GPT-2's alphabet: a printable byte stands for itself, others for letters from U+0100 on."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in kept]
     return {chr(byte): byte for byte in kept} | {chr(256 + n): b for n, b in enumerate(moved)}
