@@ -105,17 +105,17 @@ def finish_folder(
 
     The fingerprint is one hash of the tokenizer and of every id, whatever the folder is called.
     """
-    identity = [[d["name"], d["kind"], *(d[split]["sha256"] for split in SPLITS)] for d in domains]
-    content = tokenizer.to_bytes()
+    identity: list[Any] = [tokenizer.fingerprint()]
+    identity += [[d["name"], d["kind"], *(d[s]["sha256"] for s in SPLITS)] for d in domains]
     meta = {
         "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
         "dtype": id_dtype(tokenizer.vocab_size).str,
-        "fingerprint": hashlib.sha256(content + json.dumps(identity).encode()).hexdigest()[:32],
+        "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32],
         "domains": list(domains),
         "statistics": statistics,
     }
-    (folder / "tokenizer.json").write_bytes(content)
+    tokenizer.save(folder / "tokenizer.json")
     text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
     (folder / "meta.json").write_text(text, encoding="utf-8")
 

@@ -6,6 +6,7 @@ what it raises on bad input can be a panic, which is no ``Exception``.
 """
 
 import codecs
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,15 @@ class Tokenizer:
 
     def to_bytes(self) -> bytes:
         """The content of ``tokenizer.json``, equal for equal tokenizers."""
-        return self._backend.to_str(pretty=True).encode()
+        return self._backend.to_str().encode()
+
+    def fingerprint(self) -> str:
+        """A hash of what every id stands for, the same under every version of the library."""
+        digest = hashlib.sha256(f"{self.bos_id} {self.eos_id}".encode())
+        for token_id, piece in enumerate(self._pieces):
+            name = self._names.get(token_id, "") if not piece else piece.hex()
+            digest.update(f" {name}".encode())
+        return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; no special token is added or recognised."""
