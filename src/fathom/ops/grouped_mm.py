@@ -1,0 +1,128 @@
+"""Each expert's rows times its weight, in one call: the matmul of a mixture of experts.
+
+``torch`` is ``F.grouped_mm``: on CUDA (bf16, Hopper and later) one launch without a host
+synchronisation, on the CPU a loop in C++. It takes rows of whole 16-byte units only.
+
+Shapes: N rows sorted by expert, D in, F out, E experts; ``ends_E`` int32, one past each last row.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fathom.ops.registry import (
+    Impl,
+    Implementations,
+    autocast,
+    choose,
+    no_kernel_yet,
+    op,
+    runs_anywhere,
+)
+
+
+def torch_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What ``F.grouped_mm`` needs."""
+    if device == "cuda" and dtype != torch.bfloat16:
+        return f"it needs bfloat16 on CUDA, got {dtype}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it needs float32, bfloat16 or float16, got {dtype}"
+    widths = tensors[1].shape[1:] if tensors else ()
+    if any(width * dtype.itemsize % 16 for width in widths):
+        return f"it needs rows of whole 16-byte units, got widths {tuple(widths)} of {dtype}"
+    return ""
+
+
+GROUPED_MM = Implementations(
+    op="grouped_mm",
+    refusals={"triton": no_kernel_yet, "torch": torch_refusal, "reference": runs_anywhere},
+)
+
+
+def grouped_mm(x_ND: Tensor, w_EDF: Tensor, ends_E: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """``out[a:b] = x[a:b] @ w[e]`` with ``a, b = ends[e-1], ends[e]``: ``[N, F]`` in x's dtype.
+
+    Sums are float32 (float64 for float64). An expert may have no rows; ``ends[-1]`` must be N.
+    ``w_EDF`` may be a transposed view of ``[E, F, D]``; its gradient then has that layout too.
+    """
+    x_ND, w_EDF = autocast(x_ND, w_EDF)
+    if x_ND.shape[-1] != w_EDF.shape[1]:
+        raise ValueError(f"x_ND {tuple(x_ND.shape)} and w_EDF {tuple(w_EDF.shape)} disagree on D")
+    return _grouped_mm(x_ND, w_EDF, ends_E, choose(GROUPED_MM, impl, x_ND, w_EDF))
+
+
+def grouped_mm_reference(x_ND: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """The definition, one expert at a time: slow, differentiable, on any device and dtype."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    ends = ends_E.tolist()
+    rows = zip([0, *ends[:-1]], ends, w_EDF, strict=True)
+    return torch.cat([x_ND[a:b].to(wide) @ w.to(wide) for a, b, w in rows]).to(x_ND.dtype)
+
+
+def grouped_outer_reference(x_ND: Tensor, y_NF: Tensor, ends_E: Tensor) -> Tensor:
+    """``out[e] = x[a:b]^T @ y[a:b]``: the gradient of a weight, ``[E, D, F]``."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    ends = ends_E.tolist()
+    spans = zip([0, *ends[:-1]], ends, strict=True)
+    products = [x_ND[a:b].to(wide).T @ y_NF[a:b].to(wide) for a, b in spans]
+    return torch.stack(products).to(x_ND.dtype)
+
+
+def _fake_mm(x_ND: Tensor, w_EDF: Tensor, ends_E: Tensor, impl: str) -> Tensor:
+    return x_ND.new_empty(x_ND.shape[0], w_EDF.shape[2])
+
+
+def _mm_flops(x, w, ends, impl, *, out_shape, **_) -> int:
+    return 2 * x[0] * w[1] * w[2]
+
+
+def _fake_outer(x_ND: Tensor, y_NF: Tensor, ends_E: Tensor, impl: str) -> Tensor:
+    return x_ND.new_empty(ends_E.shape[0], x_ND.shape[1], y_NF.shape[1])
+
+
+def _outer_flops(x, y, ends, impl, *, out_shape, **_) -> int:
+    return 2 * x[0] * x[1] * y[1]
+
+
+def _setup(ctx, inputs, output) -> None:
+    x_ND, w_EDF, ends_E, ctx.impl = inputs
+    ctx.save_for_backward(x_ND, w_EDF, ends_E)
+
+
+def _backward(ctx, grad_NF: Tensor):
+    x_ND, w_EDF, ends_E = ctx.saved_tensors
+    dx_ND = dw_EDF = None
+    if ctx.needs_input_grad[0]:
+        dx_ND = _grouped_mm(grad_NF, w_EDF.transpose(1, 2), ends_E, ctx.impl)
+    if ctx.needs_input_grad[1]:
+        if w_EDF.stride(1) == 1:  # stored [E, F, D]: so is its gradient
+            dw_EDF = _grouped_outer(grad_NF, x_ND, ends_E, ctx.impl).transpose(1, 2)
+        else:
+            dw_EDF = _grouped_outer(x_ND, grad_NF, ends_E, ctx.impl)
+    return dx_ND, dw_EDF, None, None
+
+
+@op("grouped_mm", fake=_fake_mm, flops=_mm_flops, setup=_setup, backward=_backward)
+def _grouped_mm(x_ND: Tensor, w_EDF: Tensor, ends_E: Tensor, impl: str) -> Tensor:
+    if not x_ND.shape[0]:
+        return x_ND.new_zeros(0, w_EDF.shape[2])
+    if impl == "reference":
+        return grouped_mm_reference(x_ND, w_EDF, ends_E)
+    return functional.grouped_mm(aligned(x_ND), w_EDF, offs=ends_E)
+
+
+@op("grouped_outer", fake=_fake_outer, flops=_outer_flops)
+def _grouped_outer(x_ND: Tensor, y_NF: Tensor, ends_E: Tensor, impl: str) -> Tensor:
+    if not x_ND.shape[0]:
+        return x_ND.new_zeros(ends_E.shape[0], x_ND.shape[1], y_NF.shape[1])
+    if impl == "reference":
+        return grouped_outer_reference(x_ND, y_NF, ends_E)
+    return functional.grouped_mm(aligned(x_ND).T, aligned(y_NF), offs=ends_E)
+
+
+def aligned(x_ND: Tensor) -> Tensor:
+    """x with rows that start on 16 bytes and lie side by side; a copy only where they do not."""
+    step = x_ND.stride(0) * x_ND.itemsize
+    if x_ND.stride(1) == 1 and step % 16 == 0 and step > 0 and x_ND.data_ptr() % 16 == 0:
+        return x_ND
+    return x_ND.clone(memory_format=torch.contiguous_format)
