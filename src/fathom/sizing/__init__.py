@@ -1,0 +1,5 @@
+"""What a config costs, from its numbers alone: no tensor is made."""
+
+from fathom.sizing.size import size
+
+__all__ = ["size"]
