@@ -9,15 +9,18 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fathom.layers.base import Config
+from fathom.layers.base import Config, require
 from fathom.layers.step import Step
+
+MAX_INTER_DIM = 2**20
 
 
 class Routing(NamedTuple):
     """What one MoE layer says about one forward. Returned, never stored: recomputation is safe.
 
     Args:
-        balance_loss: scalar float32, already weighted; added to the loss.
+        balance_loss: scalar float32 (float64 in a float64 model), already weighted; added to the
+            loss.
         tokens_per_expert: int64 ``[E]``, how many (token, choice) pairs each expert got.
         entropy: scalar float32, mean over tokens of the entropy of the normalised scores (nats).
     """
@@ -53,3 +56,11 @@ class FFNConfig(Config, ABC):
     @abstractmethod
     def flops_per_token(self, dim: int) -> int:
         """Forward FLOPs per token (2 per multiply-add)."""
+
+
+def require_inter_dim(inter_dim: int) -> None:
+    """Refuse an inner width below 1, or one that only a damaged file would ask for."""
+    require(
+        1 <= inter_dim <= MAX_INTER_DIM,
+        f"inter_dim must be from 1 to {MAX_INTER_DIM}, got {inter_dim}",
+    )
