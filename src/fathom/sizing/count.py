@@ -89,3 +89,15 @@ def cache_bytes_per_token(cfg: ModelConfig, cache_dtype: str = "bfloat16") -> in
         for stream in attention.streams()
     )
     return round(added)
+
+
+def deepseek_training_flops(
+    *, n_layers: int, dim: int, vocab_size: int, seq_len: int, ffn_equivalents: float = 1.0
+) -> float:
+    """Training FLOPs of one sequence as DeepSeek's papers print them, to compare with theirs.
+
+    Idealised: attention has 4 D^2 weights, an FFN 8 D^2 (a MoE reads ``ffn_equivalents`` of them),
+    no causal halving, three times the forward: ``6 (4 + 8 n) L D^2 + 12 L D T + 6 V D`` per token.
+    """
+    layer = 6 * (4 + 8 * ffn_equivalents) * dim**2 + 12 * dim * seq_len
+    return (n_layers * layer + 6 * vocab_size * dim) * seq_len

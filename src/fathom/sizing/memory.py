@@ -3,15 +3,18 @@
 Weights and cache are exact. Training is an estimate by this rule:
 
 * weights and gradients in float32 and AdamW's two moments: 16 bytes per parameter, MTP included;
-* what the backward needs, in bf16 (2 bytes a number), per token: in each layer the inputs and
-  outputs of its two norms (4 D), the heads' queries, keys, values and outputs, and four inner
-  vectors of every FFN that the token reads; nothing is recomputed, no score matrix is kept;
-* logits and their gradient in float32 (8 bytes per vocabulary entry), for each prediction depth.
+* what the backward needs, in bf16 (2 bytes a number), per token and layer: what its two norms read
+  and make (6 D), the heads' queries, keys, values and outputs, four inner vectors of every FFN that
+  the token reads, and its copies to and from the routed ones (2 D each); nothing is recomputed, no
+  score matrix is kept;
+* logits a chunk at a time (at most 1 GiB, as ``ops/cross_entropy.py`` makes them) and the head's
+  gradient in float32, for each prediction depth.
 """
 
 from typing import TypedDict
 
 from fathom.config import LayerGroup, ModelConfig
+from fathom.ffn import MoEConfig
 from fathom.layers.cache import DTYPE_BYTES
 from fathom.sizing.count import cache_bytes, num_mtp_params, num_params
 
@@ -23,7 +26,7 @@ class TrainingMemory(TypedDict):
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    loss: int
 
 
 class Memory(TypedDict):
@@ -52,12 +55,13 @@ def training_memory(cfg: ModelConfig, n_tokens: int) -> TrainingMemory:
     depths = 0 if cfg.mtp is None else cfg.mtp.n_mtp_modules
     layers = [*cfg.layers(), *[cfg.groups[-1]] * depths]
     kept = sum(_kept_per_token(group, cfg.dim) for group in layers)
+    chunk = min(6 * cfg.vocab_size * n_tokens, 2**30)
     return TrainingMemory(
         weights=4 * params,
         gradients=4 * params,
         optimizer=8 * params,
         activations=2 * kept * n_tokens,
-        logits=8 * cfg.vocab_size * (1 + depths) * n_tokens,
+        loss=chunk + (1 + depths) * 4 * cfg.vocab_size * cfg.dim,
     )
 
 
@@ -65,4 +69,5 @@ def _kept_per_token(group: LayerGroup, dim: int) -> int:
     """Numbers that one layer keeps for the backward."""
     heads = group.attention.core_flops(1)  # 2 H (Q + V): as many as q, k, v and the output hold
     inner = group.ffn.num_active_params(dim) // (3 * dim)  # gate, up and down share this width
-    return 4 * dim + heads + 4 * inner
+    copies = group.ffn.top_k if isinstance(group.ffn, MoEConfig) else 0
+    return 6 * dim + heads + 4 * inner + 2 * copies * dim
