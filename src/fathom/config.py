@@ -35,7 +35,8 @@ class MTPConfig(Config):
         mtp_loss_coeff: weight of the mean MTP loss.
         late_mtp_loss_coeff: its weight from ``late_from`` of training on; None: no change.
         late_from: a share of training, 0 to 1 (V3: 10 of 14.8 T tokens).
-        post_norm_hidden: feed the hidden state after the final norm (as Hugging Face, vLLM), not before.
+        post_norm_hidden: feed the hidden state after the final norm (as Hugging Face does) or
+            before it.
     """
 
     n_mtp_modules: int = 1
@@ -46,7 +47,10 @@ class MTPConfig(Config):
 
     def __post_init__(self) -> None:
         require_positive(self, "n_mtp_modules")
-        require(self.mtp_loss_coeff >= 0, f"mtp_loss_coeff must be at least 0, got {self.mtp_loss_coeff}")
+        require(
+            self.mtp_loss_coeff >= 0,
+            f"mtp_loss_coeff must be at least 0, got {self.mtp_loss_coeff}",
+        )
         require(0 <= self.late_from <= 1, f"late_from is a share from 0 to 1, got {self.late_from}")
 
     def loss_coeff(self, progress: float) -> float:

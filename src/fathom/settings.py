@@ -1,4 +1,4 @@
-"""The one mechanism that reads configs: TOML, dotted ``key=value`` overrides, checked at the border.
+"""The one mechanism that reads configs: TOML and dotted ``key=value``, checked at the border.
 
 ``read_toml`` and ``override`` work on plain data; ``parse`` turns it into frozen dataclasses and
 refuses what cannot be, one sentence per problem, before anything else has happened.
@@ -10,6 +10,7 @@ import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -34,10 +35,20 @@ def parse(cls: type[T], data: Mapping[str, Any]) -> T:
         ConfigError: unknown keys (with the nearest known one), wrong types, values out of bounds.
     """
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(data))
+        return _adapter(cls).validate_json(json.dumps(data))
     except ValidationError as error:
         lines = dict.fromkeys(_explain(item, cls) for item in error.errors(include_url=False))
         raise ConfigError("\n".join(lines)) from None
+
+
+@cache
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls)
+
+
+def refresh() -> None:
+    """Read the tables of kinds anew: called after a class has been registered."""
+    _adapter.cache_clear()
 
 
 def read_toml(path: Path) -> Data:
@@ -138,7 +149,7 @@ def _index(text: str, items: list[Any], key: str) -> int:
 
 def json_schema(cls: type) -> Data:
     """The JSON schema of a config class, for editors."""
-    return TypeAdapter(cls).json_schema()
+    return _adapter(cls).json_schema()
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -162,7 +173,9 @@ def _default(field: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    return str(hint).replace("typing.", "") if get_origin(hint) else getattr(hint, "__name__", "any")
+    return (
+        str(hint).replace("typing.", "") if get_origin(hint) else getattr(hint, "__name__", "any")
+    )
 
 
 def _is_list(hint: Any) -> bool:

@@ -23,7 +23,7 @@ class Attention(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(Config, ABC):
-    """What every attention's config answers, from its numbers alone: nothing here makes a tensor."""
+    """What every config answers, from its numbers alone: nothing here makes a tensor."""
 
     @abstractmethod
     def build(self, dim: int) -> Attention:

@@ -22,7 +22,7 @@ class Config:
 class OneOf:
     """Marks a field whose class ``kind`` picks from a table, read each time a schema is built.
 
-    So a class registered by a user is known from then on. ``Annotated[AttentionConfig, OneOf(...)]``.
+    So a class that a user registers is known from then on: ``Annotated[Base, OneOf(TABLE)]``.
     """
 
     table: Mapping[str, type]

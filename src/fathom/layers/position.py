@@ -41,7 +41,7 @@ class DecoupledRopeConfig(RopeConfig):
     ``score = scale * (q_content . k_content + q_rope . k_rope)``: position is an added bias.
     """
 
-    kind: Literal["decoupled_rope"] = "decoupled_rope"  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: Literal["decoupled_rope"] = "decoupled_rope"  # pyright: ignore
     rope_head_dim: int
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class AlibiConfig(Config):
     kind: Literal["alibi"] = "alibi"
 
     def slopes(self, n_heads: int) -> Tensor:
-        """Geometric slopes ``2**(-8 i / n)``; for other than powers of two the paper's interleave."""
+        """``2**(-8 i / n)``; between powers of two the paper interleaves."""
         power = 2 ** math.floor(math.log2(n_heads))
         first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
         rest = [2 ** (-4 * (2 * i + 1) / power) for i in range(n_heads - power)]

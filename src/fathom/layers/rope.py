@@ -1,11 +1,11 @@
 """Rotary position embedding (RoPE, arXiv:2104.09864) and its scalings.
 
-Pair ``i`` of ``D / 2`` turns by ``position * theta**(-2i/D)``, so a score depends on the distance of
+Pair ``i`` of ``D/2`` turns by ``position * theta**(-2i/D)``: a score depends on the distance of
 query and key alone. Pairs are half-split: channels ``i`` and ``i + D/2``; checkpoints with adjacent
-pairs are permuted when they are read. The slowest pair turns once in ``2 pi theta**((D-2)/D)`` tokens.
+pairs are permuted when they are read. The slowest pair turns once in ``2 pi theta**((D-2)/D)``.
 
-Scalings stretch a trained context: ``linear`` (position interpolation), ``dynamic`` (NTK, theta grows
-with the sequence), ``llama3`` (by wavelength), ``yarn`` (arXiv:2309.00071, by number of turns).
+Scalings stretch a trained context: ``linear`` (position interpolation), ``dynamic`` (NTK, theta
+grows with the sequence), ``llama3`` (by wavelength), ``yarn`` (arXiv:2309.00071, by turns).
 
 Shapes: B batch, T tokens, H heads, D rotated width, R = D / 2 pairs.
 """
@@ -95,7 +95,7 @@ class Llama3Scaling(ScalingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling(ScalingConfig):
-    """YaRN: pairs that turn more than ``beta_fast`` times are kept, fewer than ``beta_slow`` divided.
+    """YaRN: pairs of more than ``beta_fast`` turns are kept, of fewer than ``beta_slow`` divided.
 
     ``mscale`` and ``mscale_all_dim`` are DeepSeek's: their ratio goes on cos and sin, and
     ``mscale_all_dim`` squared on the softmax scale of MLA.
@@ -150,9 +150,7 @@ AnyScaling = Annotated[
 ]
 
 
-def inverse_frequencies(
-    dim: int, theta: float, device: torch.device | str | None = None
-) -> Tensor:
+def inverse_frequencies(dim: int, theta: float, device: torch.device | str | None = None) -> Tensor:
     """``theta**(-2i/dim)`` for each pair, float32."""
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
     return 1.0 / theta**exponents

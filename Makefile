@@ -1,0 +1,62 @@
+# Each target sets up what it needs by itself. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.ready-test
+WORKERS ?= 2
+
+.PHONY: demo test check format test-slow test-gpu bench docs clean help
+
+help:
+	@echo "make demo       train the demo ladder on real text and write runs/demo/report.html"
+	@echo "make test       environment, format, lint, types, tests"
+	@echo "make check      the same without setting up"
+	@echo "make test-slow  what does not fit in 'make test'"
+	@echo "make test-gpu   tests that need a CUDA device"
+	@echo "make bench NAME=x   run benchmarks/x.py"
+	@echo "make docs       build the documentation and check its links"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The demo needs the package alone; the tests need their tools beside it.
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(TEST_READY): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/fathom ladder demo --out runs/demo
+
+test: $(TEST_READY)
+	@$(MAKE) --no-print-directory check
+
+check:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest -m "not gpu and not slow" -n $(WORKERS)
+
+format: $(TEST_READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test-slow: $(TEST_READY)
+	$(BIN)/pytest -m "slow and not gpu"
+
+# Uses the machine's own torch, a CUDA build: python3 with the test tools installed.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+bench: $(READY)
+	$(BIN)/python benchmarks/$(NAME).py
+
+docs: $(TEST_READY)
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(VENV) runs dist site

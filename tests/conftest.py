@@ -1,0 +1,14 @@
+"""Shared by all tests: one thread a worker, and a device that `-m gpu` runs switch to CUDA."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # several workers share few cores; more threads would fight
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)

@@ -1,0 +1,55 @@
+"""Every attention and position that the tests run through, tiny."""
+
+from fathom.attention import AttentionConfig, MHAConfig, MLAConfig
+from fathom.layers.position import (
+    AlibiConfig,
+    AnyPosition,
+    DecoupledRopeConfig,
+    NoPositionConfig,
+    RopeConfig,
+)
+from fathom.layers.rope import DynamicScaling, Llama3Scaling, YarnScaling
+
+DIM = 24
+ROPE = RopeConfig(theta=100.0)
+YARN = RopeConfig(
+    theta=100.0,
+    scaling=YarnScaling(factor=4.0, original_seq_len=8, mscale=0.7, mscale_all_dim=0.7),
+)
+
+
+def mha(position: AnyPosition = ROPE, n_kv_heads: int = 2, **changes) -> MHAConfig:
+    return MHAConfig(n_heads=4, n_kv_heads=n_kv_heads, head_dim=6, position=position, **changes)
+
+
+def mla(position: RopeConfig = ROPE, q_lora_rank: int | None = None, **changes) -> MLAConfig:
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+    return MLAConfig(n_heads=4, q_lora_rank=q_lora_rank, position=position, **sizes, **changes)
+
+
+KINDS: dict[str, AttentionConfig] = {
+    "mha": mha(n_kv_heads=4),
+    "gqa": mha(),
+    "mqa": mha(n_kv_heads=1),
+    "shared-query": mha(n_kv_heads=4, shared_query=True),
+    "biases": mha(qkv_bias=True, out_bias=True),
+    "no-position": mha(NoPositionConfig()),
+    "alibi": mha(AlibiConfig()),
+    "alibi-window": mha(AlibiConfig(), window_size=3),
+    "decoupled": mha(DecoupledRopeConfig(theta=100.0, rope_head_dim=4)),
+    "decoupled-shared-query": mha(
+        DecoupledRopeConfig(rope_head_dim=4), n_kv_heads=4, shared_query=True
+    ),
+    "llama3": mha(RopeConfig(scaling=Llama3Scaling(factor=8.0, original_seq_len=8))),
+    "yarn": mha(YARN),
+    "window": mha(window_size=3),
+    "window-1": mha(window_size=1),
+    "mla": mla(),
+    "mla-compressed": mla(q_lora_rank=20),
+    "mla-absorbed": mla(absorb="always"),
+    "mla-expanded": mla(absorb="never"),
+    "mla-bias": mla(q_lora_rank=20, bias=True),
+    "mla-yarn": mla(YARN),
+}
+# theta depends on the length in use, so a shorter call is another function: not in KINDS
+DYNAMIC = mha(RopeConfig(scaling=DynamicScaling(factor=2.0, original_seq_len=4)))
