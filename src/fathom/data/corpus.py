@@ -54,10 +54,10 @@ def read_bundled(domain: str) -> list[Document]:
 
 def read_heldout() -> dict[str, list[str]]:
     """The ids of each domain's held-out documents, in the order in which they are evaluated."""
-    heldout: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
+    heldout: dict[str, list[str]] = {}
     for line in (BUNDLED / "heldout.txt").read_text(encoding="utf-8").splitlines():
         domain, document_id = line.split("\t")
-        heldout[domain].append(document_id)
+        heldout.setdefault(domain, []).append(document_id)
     return heldout
 
 

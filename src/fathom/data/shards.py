@@ -53,33 +53,33 @@ class DomainFiles(TypedDict):
 
 
 class ShardWriter:
-    """Appends the documents of one domain and split; ``close`` writes the index."""
+    """Appends the documents of one domain and split; ``finish`` writes the index."""
 
     def __init__(self, folder: Path, domain: str, vocab_size: int) -> None:
         folder.mkdir(exist_ok=True)
-        self._stem = folder / domain
+        self._ids = folder / f"{domain}.bin"
+        self._names = folder / f"{domain}.names.jsonl"
+        self._index = folder / f"{domain}.npz"
         self._dtype = id_dtype(vocab_size)
-        self._ids = open(f"{self._stem}.bin", "wb")  # noqa: SIM115 (closed by close)
-        self._names = open(f"{self._stem}.names.jsonl", "w", encoding="utf-8")  # noqa: SIM115
         self._offsets = [0]
         self._bytes: list[int] = []
         self._digest = hashlib.sha256()
 
-    def add(self, document: Encoded) -> None:
-        """Append one document."""
-        raw = np.asarray(document.ids, self._dtype).tobytes()
-        self._ids.write(raw)
-        self._digest.update(raw)
-        self._names.write(json.dumps(document.name, ensure_ascii=False) + "\n")
-        self._offsets.append(self._offsets[-1] + len(document.ids))
-        self._bytes.append(document.size)
+    def add(self, documents: Iterable[Encoded]) -> None:
+        """Append documents; the files are open only meanwhile, so any number of domains goes."""
+        with self._ids.open("ab") as ids, self._names.open("a", encoding="utf-8") as names:
+            for document in documents:
+                raw = np.asarray(document.ids, self._dtype).tobytes()
+                ids.write(raw)
+                self._digest.update(raw)
+                names.write(json.dumps(document.name, ensure_ascii=False) + "\n")
+                self._offsets.append(self._offsets[-1] + len(document.ids))
+                self._bytes.append(document.size)
 
-    def close(self) -> SplitFiles:
-        """Finish the files; returns the counts and the hash that go into ``meta.json``."""
-        self._ids.close()
-        self._names.close()
+    def finish(self) -> SplitFiles:
+        """Write the index; returns the counts and the hash that go into ``meta.json``."""
         offsets, n_bytes = np.array(self._offsets, np.int64), np.array(self._bytes, np.int64)
-        np.savez(f"{self._stem}.npz", offsets=offsets, bytes=n_bytes)
+        np.savez(self._index, offsets=offsets, bytes=n_bytes)
         return {
             "documents": len(self._bytes),
             "tokens": self._offsets[-1],
@@ -93,9 +93,8 @@ def write_split(
 ) -> SplitFiles:
     """Write all documents of one domain and split."""
     writer = ShardWriter(folder, domain, vocab_size)
-    for document in documents:
-        writer.add(document)
-    return writer.close()
+    writer.add(documents)
+    return writer.finish()
 
 
 def finish_folder(

@@ -10,8 +10,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -50,25 +50,33 @@ class Tokenizer:
         is_symbol: ``[vocab_size]`` bool, True for the grey levels of images.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer") -> None:
-        self._backend = backend
-        self._backend.encode_special_tokens = True  # "<|eos|>" inside a text is plain text
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        described = json.loads(backend.to_str())
-        if not _is_byte_level(described):
+    def __init__(self, content: bytes, source: str = "tokenizer.json") -> None:
+        """Read the content of a ``tokenizer.json``; ``source`` names it in errors.
+
+        Raises:
+            ValueError: damaged, not byte-level BPE, or without begin-of-text or end-of-text token.
+        """
+        with guarded(f"{source} is not a tokenizer.json that can be read"):
+            described = json.loads(content)
+            model, added = described["model"], described.get("added_tokens", [])
+            vocab = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+            ids = [0, *map(int, vocab.values())]
+        if min(ids) < 0 or max(ids) >= MAX_VOCAB:  # before the library makes a table of them
+            raise ValueError(f"{source} has ids outside 0..{MAX_VOCAB - 1}")
+        if model.get("type") != "BPE" or not _is_byte_level(described.get("decoder") or {}):
             raise ValueError(
                 f"{source} is not a byte-level BPE vocabulary: bits per byte needs to know the "
                 "bytes of every token; train one by leaving the tokenizer out"
             )
-        added = {token["content"]: token["special"] for token in described["added_tokens"]}
-        vocab = backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values(), default=-1) + 1
-        if not 0 < self.vocab_size <= MAX_VOCAB:
-            raise ValueError(
-                f"{source} has ids up to {self.vocab_size - 1}, outside 0..{MAX_VOCAB}"
-            )
-        self._pieces = _pieces(vocab, added, self.vocab_size, source)
+        with guarded(f"{source} is not a tokenizer.json that can be read"):
+            self._backend = tokenizers.Tokenizer.from_str(content.decode())
+        self._backend.encode_special_tokens = True  # "<|eos|>" inside a text is plain text
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.vocab_size = max(ids) + 1
+        special = {token["content"]: bool(token.get("special")) for token in added}
+        self._pieces = _pieces(vocab, special, self.vocab_size, source)
+        self._names = {token_id: name for name, token_id in vocab.items()}
         self.bos_id = _first_known(BOS_NAMES, vocab, source)
         self.eos_id = _first_known(EOS_NAMES, vocab, source)
         self.text_vocab_size = vocab.get(BEGIN, self.vocab_size)
@@ -78,25 +86,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a ``tokenizer.json``.
-
-        Raises:
-            ValueError: the file is missing, too large, damaged, not byte-level, or names no
-                begin-of-text or end-of-text token.
-        """
+        """Read a ``tokenizer.json`` of at most 64 MB; ``ValueError`` if it cannot be used."""
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"tokenizer {path} is not a file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"tokenizer {path} is larger than {MAX_FILE_BYTES // 2**20} MB")
-        return cls.from_bytes(path.read_bytes(), str(path))
-
-    @classmethod
-    def from_bytes(cls, content: bytes, source: str = "tokenizer.json") -> "Tokenizer":
-        """The same from a file's content; ``source`` names it in errors."""
-        with guarded(f"{source} is not a tokenizer.json that can be read"):
-            backend = tokenizers.Tokenizer.from_str(content.decode())
-        return cls(backend, source)
+        return cls(path.read_bytes(), str(path))
 
     def save(self, path: str | Path) -> None:
         """Write a ``tokenizer.json`` that other libraries read too."""
@@ -149,10 +145,6 @@ class Tokenizer:
         """A decoder to which ids are given one at a time."""
         return DecodeStream(self)
 
-    @cached_property
-    def _names(self) -> dict[int, str]:
-        return {i: name for name, i in self._backend.get_vocab(with_added_tokens=True).items()}
-
 
 class DecodeStream:
     """Text of ids that come one by one: a character is given out once its last byte is there."""
@@ -203,27 +195,25 @@ def train_tokenizer(
     with guarded("the tokenizer cannot be trained"):
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens([_special(token) for token in extra_tokens])
-    return Tokenizer(backend)
+    return Tokenizer(backend.to_str().encode())
 
 
 def _special(name: str) -> AddedToken:
     return AddedToken(name, special=True, normalized=False)
 
 
-def _is_byte_level(described: dict) -> bool:
-    decoder = described.get("decoder") or {}
+def _is_byte_level(decoder: dict[str, Any]) -> bool:
     parts = decoder.get("decoders", [decoder])
-    kinds = {part.get("type") for part in parts}
-    return described["model"]["type"] == "BPE" and kinds == {"ByteLevel"}
+    return {part.get("type") for part in parts} == {"ByteLevel"}
 
 
-def _pieces(vocab: dict[str, int], added: dict[str, bool], size: int, source: str) -> list[bytes]:
+def _pieces(vocab: dict[str, int], special: dict[str, bool], size: int, source: str) -> list[bytes]:
     """The bytes of every id: the byte-level alphabet undone; none for special tokens and gaps."""
     to_byte = _byte_of_character()
     pieces = [b""] * size
     for name, i in vocab.items():
-        if name in added:
-            pieces[i] = b"" if added[name] else name.encode()
+        if name in special:
+            pieces[i] = b"" if special[name] else name.encode()
             continue
         try:
             pieces[i] = bytes([to_byte[character] for character in name])
