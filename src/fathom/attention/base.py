@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fathom.layers.base import Config
 from fathom.layers.cache import Stream
+from fathom.layers.rope import Rope
 from fathom.layers.step import Step
 
 
@@ -19,6 +21,17 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor: ...
+
+    def scores(self, x_BTD: Tensor, step: Step) -> Tensor | None:
+        """Scores before the softmax, ``[B, H, T, S]``, ``-inf`` where nothing may be seen.
+
+        For probes that look, not for speed. None: this attention has no such scores.
+        """
+        return None
+
+    def position_keys(self, x_BTD: Tensor) -> tuple[Tensor, Rope] | None:
+        """Keys ``[B, T, G, R]`` before they are rotated, and the rotation; None: none rotates."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +57,17 @@ class AttentionConfig(Config, ABC):
     @abstractmethod
     def core_flops(self, seq_len: int) -> int:
         """Forward FLOPs of one token's scores and mixing over ``seq_len`` keys."""
+
+
+def raw_scores(q_BTHQ: Tensor, k_BSGQ: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """``scale q . k`` with what ``mask`` hides at ``-inf`` (None: the future), float32.
+
+    Head j reads key head ``j // (H / G)``; ``mask`` is bool or additive, as of :meth:`Step.mask`.
+    """
+    k_BSHQ = k_BSGQ.repeat_interleave(q_BTHQ.shape[2] // k_BSGQ.shape[2], dim=2)
+    scores = scale * torch.einsum("bthq,bshq->bhts", q_BTHQ.float(), k_BSHQ.float())
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask

@@ -15,11 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fathom.attention.base import Attention, AttentionConfig
+from fathom.attention.base import Attention, AttentionConfig, raw_scores
 from fathom.layers.base import require, require_positive
 from fathom.layers.cache import Stream
 from fathom.layers.linear import Linear
 from fathom.layers.position import AlibiConfig, AnyPosition, DecoupledRopeConfig, RopeConfig
+from fathom.layers.rope import Rope
 from fathom.layers.step import Step
 from fathom.ops.attention import attention
 from fathom.ops.rope import rotate
@@ -118,19 +119,38 @@ class MHA(Attention):
             self.wk_rope = Linear(dim, cfg.rope_head_dim)
 
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
-        cfg = self.cfg
         q_BTHQ, *new = self.queries_keys_values(x_BTD, step)
         keys_BS, (k_BSF, v_BSF, *k_rope) = step.append(*new)
-        k_BSGQ = k_BSF.unflatten(-1, (cfg.n_kv_heads, -1))
-        v_BSGV = v_BSF.unflatten(-1, (cfg.n_kv_heads, -1))
-        if k_rope:  # one position key for all heads, as further channels: the score gains a bias
-            shared_BSGR = k_rope[0][:, :, None].expand(-1, -1, cfg.n_kv_heads, -1)
-            k_BSGQ = torch.cat([k_BSGQ, shared_BSGR], dim=-1)
+        k_BSGQ = self.whole_keys(k_BSF, *k_rope)
+        v_BSGV = v_BSF.unflatten(-1, (self.cfg.n_kv_heads, -1))
         mask = self.mask(keys_BS, step, q_BTHQ.dtype)
         out_BTHV = attention(
             q_BTHQ, k_BSGQ, v_BSGV, scale=self.scale, mask=mask, causal=mask is None
         )
         return self.wo(out_BTHV.flatten(-2))
+
+    def whole_keys(self, k_BSF: Tensor, k_rope_BSR: Tensor | None = None) -> Tensor:
+        """Keys by head, ``[B, S, G, Q]``.
+
+        A position key, one for all heads, becomes further channels: the score gains a bias.
+        """
+        k_BSGQ = k_BSF.unflatten(-1, (self.cfg.n_kv_heads, -1))
+        if k_rope_BSR is None:
+            return k_BSGQ
+        shared_BSGR = k_rope_BSR[:, :, None].expand(-1, -1, self.cfg.n_kv_heads, -1)
+        return torch.cat([k_BSGQ, shared_BSGR], dim=-1)
+
+    def scores(self, x_BTD: Tensor, step: Step) -> Tensor:
+        q_BTHQ, k_BSF, _, *k_rope = self.queries_keys_values(x_BTD, step)
+        mask = self.mask(None, step, torch.float32)
+        return raw_scores(q_BTHQ, self.whole_keys(k_BSF, *k_rope), self.scale, mask)
+
+    def position_keys(self, x_BTD: Tensor) -> tuple[Tensor, Rope] | None:
+        if self.rope is None:
+            return None
+        if self.cfg.rope_head_dim:
+            return self.wk_rope(x_BTD)[:, :, None], self.rope
+        return self.wk(x_BTD).unflatten(-1, (self.cfg.n_kv_heads, -1)), self.rope
 
     @property
     def scale(self) -> float:

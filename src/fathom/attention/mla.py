@@ -19,12 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fathom.attention.base import Attention, AttentionConfig
+from fathom.attention.base import Attention, AttentionConfig, raw_scores
 from fathom.layers.base import require, require_positive
 from fathom.layers.cache import Stream
 from fathom.layers.linear import Linear
 from fathom.layers.norm import RMSNorm
 from fathom.layers.position import RopeConfig
+from fathom.layers.rope import Rope
 from fathom.layers.step import Step
 from fathom.ops.attention import attention
 from fathom.ops.rope import rotate
@@ -169,13 +170,25 @@ class MLA(Attention):
     def expanded(
         self, q_BTHQ: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Rebuild every head's keys and values (eq. 10, 11, 17), then attend (eq. 18)."""
+        """Rebuild every head's keys and values, then attend (eq. 18)."""
+        k_BSHQ, v_BSHV = self.keys_values(latent_BSC, k_rope_BSR)
+        return attention(q_BTHQ, k_BSHQ, v_BSHV, scale=self.scale, mask=mask, causal=mask is None)
+
+    def keys_values(self, latent_BSC: Tensor, k_rope_BSR: Tensor) -> tuple[Tensor, Tensor]:
+        """Every head's keys ``[B, S, H, Q]`` and values ``[B, S, H, V]`` (eq. 10, 11, 17)."""
         cfg = self.cfg
         kv = self.wkv_b(latent_BSC).unflatten(-1, (cfg.n_heads, -1))
         k_nope, v_BSHV = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1)
         k_rope = k_rope_BSR[:, :, None].expand(-1, -1, cfg.n_heads, -1)
-        k_BSHQ = torch.cat([k_nope, k_rope], dim=-1)
-        return attention(q_BTHQ, k_BSHQ, v_BSHV, scale=self.scale, mask=mask, causal=mask is None)
+        return torch.cat([k_nope, k_rope], dim=-1), v_BSHV
+
+    def scores(self, x_BTD: Tensor, step: Step) -> Tensor:
+        angles = self.rope.angles(step.positions_BT, step.total)
+        k_BSHQ, _ = self.keys_values(*self.latents(x_BTD, angles))
+        return raw_scores(self.queries(x_BTD, angles), k_BSHQ, self.scale, step.mask(None))
+
+    def position_keys(self, x_BTD: Tensor) -> tuple[Tensor, Rope]:
+        return self.wkv_a(x_BTD)[:, :, None, self.cfg.kv_lora_rank :], self.rope
 
     def absorbed(
         self, q_BTHQ: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, mask: Tensor | None

@@ -1,0 +1,16 @@
+"""Measurements of any trained model: one file and one line here each."""
+
+from fathom.probes import domains, position, reach, retrieval, routing, score, speed
+from fathom.probes.base import Context, Probe
+
+PROBES: dict[str, Probe] = {
+    "domains": Probe("held-out loss of each domain", domains.run),
+    "position": Probe("loss by place in the context", position.run),
+    "speed": Probe("decode speed and cache bytes; MLA expanded and absorbed", speed.run),
+    "routing": Probe("who uses which expert, against shuffled labels", routing.run),
+    "reach": Probe("how far a token can be found by its distance alone", reach.run),
+    "score": Probe("share of the score's variance that comes from position", score.run),
+    "retrieval": Probe("key-value recall and repetition in the context", retrieval.run),
+}
+
+__all__ = ["PROBES", "Context", "Probe"]
