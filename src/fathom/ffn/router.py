@@ -193,10 +193,12 @@ def limit_groups(choice_NE: Tensor, cfg: RouterConfig) -> Tensor:
 def top_ids(values_NE: Tensor, k: int) -> Tensor:
     """Ids ``[N, k]`` of the largest values, the best first; of equal ones the lowest index.
 
-    ``torch.topk`` promises no order among equals, so this takes the maximum ``k`` times:
-    ``Tensor.max`` returns the first. As fast as topk for small ``k``, where a stable sort of all E
-    values is several times slower.
+    ``torch.topk`` promises no order among equals. A stable sort does, and is quick on a GPU. On the
+    CPU it takes two to four times as long as the maximum ``k`` times over, of which
+    ``Tensor.max`` promises the first.
     """
+    if values_NE.device.type != "cpu":
+        return values_NE.argsort(dim=-1, descending=True, stable=True)[:, :k]
     left_NE = values_NE.clone()
     ids: list[Tensor] = []
     for _ in range(k):
