@@ -1,0 +1,1 @@
+"""Checkpoints in and out: our own run folders, and other families' formats as rules."""

@@ -1,0 +1,366 @@
+"""Our own checkpoints: folders that are there whole or not at all, and are checked before use.
+
+A checkpoint is written beside its final name, every file and folder synced, a manifest of sizes and
+hashes written last, and then renamed: the rename is the commit. Which one is the latest is derived
+from the names, never stored. Nothing in a checkpoint is executed: tensors are safetensors, all else
+JSON and TOML. Equal state gives equal bytes: no time, host or folder name is inside.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fathom.config import ModelConfig
+from fathom.data.shards import sync
+from fathom.data.tokenizer import Tokenizer
+from fathom.model import Decoder
+from fathom.settings import ConfigError, parse, read_toml, to_toml
+
+FORMAT = 1
+CHECKPOINTS = "checkpoints"
+MANIFEST, CONFIG, TOKENIZER = "MANIFEST.json", "config.toml", "tokenizer.json"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MAX_JSON_BYTES = 64 * 2**20
+COMMITTED = re.compile(r"step-(\d{8,12})")
+TEMPORARY = re.compile(r"step-\d{8,12}\.tmp-[0-9a-f]{32}")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or not one of ours (exit code 3)."""
+
+
+# --- Writing ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_checkpoint(final: Path) -> Iterator[Path]:
+    """A temporary sibling to write files into; it becomes ``final`` when the block ends well.
+
+    A folder already at ``final`` is replaced. If the block fails, nothing is left of it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+    folder.mkdir()
+    try:
+        yield folder
+        seal(folder)
+        commit(folder, final)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def seal(folder: Path) -> None:
+    """Sync every file, and write the manifest that lists them with sizes and hashes."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(folder / MANIFEST, {"format": FORMAT, "world": 1, "files": files})
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def commit(folder: Path, final: Path) -> None:
+    """Rename a sealed folder into place and sync the parent."""
+    replaced = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(folder, final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sweep(run: Path) -> None:
+    """Remove what interrupted saves left of a run: our own temporary names only."""
+    folder = run / CHECKPOINTS
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints of a run."""
+    assert keep >= 2
+    for folder in committed(run)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """JSON that is equal for equal data. ``NaN`` is refused: it is not JSON."""
+    text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of the tensors as they are now."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
+
+
+def save_model(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
+    """Write a model as a folder that ``load_model`` reads.
+
+    Raises:
+        ValueError: ``out`` is there already.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already: name another folder")
+    with new_checkpoint(out) as folder:
+        write_model(folder, model, tokenizer, f"[model]\n{to_toml(model.cfg)}")
+
+
+def write_model(folder: Path, model: Decoder, tokenizer: Tokenizer, config: str) -> None:
+    """The files that make a folder a model: weights, tokenizer, config."""
+    write_tensors(folder / MODEL, model.state_dict())
+    (folder / TOKENIZER).write_bytes(tokenizer.to_bytes())
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+
+
+# --- Finding and checking --------------------------------------------------------------------
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where a run's checkpoint after ``step`` steps lies."""
+    return run / CHECKPOINTS / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def committed(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first."""
+    folder = run / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((folder / name for name in names if COMMITTED.fullmatch(name)), key=step_of)
+
+
+def newest(run: Path, *, hashes: bool = True, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run that is whole; None if the run has none yet.
+
+    Args:
+        warn: told of each damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    folders = committed(run)
+    problem = ""
+    for folder in reversed(folders):
+        try:
+            verify(folder, hashes=hashes)
+            return folder
+        except CheckpointError as error:
+            problem = str(error)
+            warn(f"{error}: going back to the checkpoint before it")
+    if folders:
+        raise CheckpointError(f"no checkpoint of {run} can be used; the oldest: {problem}")
+    return None
+
+
+def verify(folder: Path, *, hashes: bool = True) -> None:
+    """Check a checkpoint's files against its manifest: sizes always, hashes unless told not to.
+
+    Raises:
+        CheckpointError: what is wrong, and with which file.
+    """
+    for name, entry in _manifest(folder).items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes, "
+                f"not {entry['bytes']}"
+            )
+        if hashes and sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} has changed")
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST
+    try:
+        manifest = read_json(path)
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder} has checkpoint format {manifest['format']}, this version reads {FORMAT}"
+            )
+        files = manifest["files"]
+        if not {MODEL, TOKENIZER, CONFIG} <= files.keys():
+            raise CheckpointError(f"{path} is damaged: it lists no {MODEL}")
+        for name, entry in files.items():
+            plain = name == Path(name).name and type(entry["bytes"]) is int
+            if not plain or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
+                raise CheckpointError(f"{path} is damaged at {name!r}")
+        return files
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} is damaged: it is not a manifest") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, too large, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MB")
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
+    return data
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Reading ---------------------------------------------------------------------------------
+
+
+def load_model(
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    hashes: bool = True,
+    warn: Callable[[str], None] = lambda _: None,
+) -> tuple[Decoder, Tokenizer]:
+    """The model and tokenizer of a run folder (its newest whole checkpoint) or of one checkpoint.
+
+    Args:
+        dtype: of the weights; None: as they are stored.
+        hashes: check the files' hashes before use.
+        warn: told of a damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there is none, or what there is cannot be used.
+    """
+    folder = find_checkpoint(path, hashes=hashes, warn=warn)
+    cfg, tokenizer = read_model_config(folder), read_tokenizer(folder)
+    shapes = tensor_shapes(folder / MODEL)
+    check_shapes(cfg, shapes, folder)
+    stored = getattr(torch, _stored_dtype(folder / MODEL))
+    model = _uninitialised(cfg, torch.device(device), dtype or stored)
+    copy_tensors(folder / MODEL, model.state_dict())
+    return model, tokenizer
+
+
+def find_checkpoint(
+    path: Path, *, hashes: bool = True, warn: Callable[[str], None] = lambda _: None
+) -> Path:
+    """The checked checkpoint that ``path`` means: itself, or a run folder's newest whole one."""
+    if (path / MANIFEST).is_file():
+        verify(path, hashes=hashes)
+        return path
+    folder = newest(path, hashes=hashes, warn=warn)
+    if folder is None:
+        raise CheckpointError(
+            f"{path} is neither a checkpoint nor a run folder with one: it has no {MANIFEST}"
+        )
+    return folder
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model's part of a checkpoint's config."""
+    try:
+        return parse(ModelConfig, read_toml(folder / CONFIG).get("model", {}))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be used: {error}") from None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(folder / TOKENIZER)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a file, from its header alone."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def check_shapes(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Compare a file's tensors with those that a config needs, before any memory is taken.
+
+    Raises:
+        CheckpointError: the first tensor that is missing, unknown, or of another shape.
+    """
+    with torch.device("meta"):
+        needed = {name: tuple(t.shape) for name, t in Decoder(cfg).state_dict().items()}
+    for name in sorted(needed.keys() | shapes.keys()):
+        if needed.get(name) != shapes.get(name):
+            raise CheckpointError(
+                f"{source} does not fit the model: {name} is {_shape(shapes.get(name))} there, "
+                f"and the model's is {_shape(needed.get(name))}"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def copy_tensors(path: Path, into: Mapping[str, Tensor]) -> None:
+    """Copy every tensor of a file into the one of its name, one at a time.
+
+    Raises:
+        CheckpointError: the names or shapes are not the same.
+    """
+    with _opened(path) as file, torch.no_grad():
+        if set(file.keys()) != set(into):
+            odd = min(set(file.keys()) ^ set(into))
+            raise CheckpointError(f"{path} does not fit: it and the run differ in {odd}")
+        for name, target in into.items():
+            tensor = file.get_tensor(name)
+            if tensor.shape != target.shape:
+                raise CheckpointError(
+                    f"{path} does not fit: {name} is {list(tensor.shape)}, not {list(target.shape)}"
+                )
+            target.copy_(tensor)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _stored_dtype(path: Path) -> str:
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    with _opened(path) as file:
+        return names[file.get_slice("embed.weight").get_dtype()]
+
+
+def _uninitialised(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return Decoder(cfg)
+    finally:
+        torch.set_default_dtype(before)

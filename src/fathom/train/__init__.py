@@ -1,0 +1,1 @@
+"""Training: the run's config, the loop, the optimizers, and what a run folder holds."""

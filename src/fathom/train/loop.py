@@ -1,0 +1,361 @@
+"""The training loop. ``Trainer.step`` reads as the algorithm; what surrounds it is one call each.
+
+A run is a folder: config.toml, metrics.jsonl, eval.jsonl, env.json, checkpoints/. ``train`` begins
+it, or goes on with it from its newest checkpoint, by itself.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fathom.convert.run_folder import CONFIG, committed
+from fathom.data.dataset import Dataset, open_dataset
+from fathom.data.loader import IGNORE, Batch, Loader
+from fathom.data.tokenizer import Tokenizer
+from fathom.model import Decoder, Losses, build_model
+from fathom.settings import ConfigError, to_toml
+from fathom.sizing.count import flops_per_token
+from fathom.train import checkpoint
+from fathom.train.config import RunConfig
+from fathom.train.device import (
+    compile_blocks,
+    environment,
+    memory_bytes,
+    peak_flops,
+    pick_device,
+    reproducible,
+)
+from fathom.train.evaluate import Evaluation, evaluate, last_evaluation
+from fathom.train.metrics import (
+    Figures,
+    JsonLines,
+    Record,
+    Sums,
+    replace_text,
+    routing_figures,
+)
+from fathom.train.optim import Optimizer, clip_gradients
+from fathom.train.progress import Reporter
+from fathom.train.schedule import lr_factor, rows_at
+from fathom.train.stop import StopSignals
+
+MAX_SKIPPED = 3  # steps in a row that are not finite, after which training stops
+
+Reason = Literal["done", "interrupted", "guard"]
+EXIT_CODES: dict[Reason, int] = {"done": 0, "interrupted": 75, "guard": 4}
+Sampler = Callable[[Decoder, Tokenizer], str]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        reason: ``done``: all steps; ``interrupted``: asked to stop, saved; ``guard``: diverged.
+        step: steps done.
+        tokens: tokens read.
+        evaluation: the newest one of the run, or None.
+        message: one sentence: what happened, and how to go on.
+    """
+
+    reason: Reason
+    step: int
+    tokens: int
+    evaluation: Evaluation | None
+    message: str
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.reason]
+
+
+def train(
+    cfg: RunConfig,
+    out: Path,
+    *,
+    dataset: Dataset | None = None,
+    reporter: Reporter | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    sample: Sampler | None = None,
+) -> TrainResult:
+    """Train to ``cfg.train.steps`` in the run folder ``out``, going on from what is there.
+
+    Args:
+        dataset: opened already; None: open ``cfg.data``.
+        reporter: told of every step; None: nobody is.
+        should_stop: asked after every step; None: Ctrl-C and SIGTERM stop.
+        sample: writes a text with the model, every ``train.sample_every`` steps.
+
+    Raises:
+        ValueError: a config that does not fit the data or the folder; nothing was written.
+        CheckpointError: nothing usable in the folder, or in ``train.init_from``.
+        OSError: the disk is full.
+    """
+    dataset = dataset or open_dataset(cfg.data)
+    check_vocabulary(cfg, dataset)
+    checkpoint.check_folder(out)
+    reporter = reporter or Reporter()
+    device = pick_device(cfg.train.device)
+    signals = StopSignals() if should_stop is None else nullcontext(should_stop)
+    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with checkpoint.locked(out), generators, reproducible(cfg.train.deterministic), signals as stop:
+        start = checkpoint.starting_point(out, cfg, reporter.notice)
+        trainer = Trainer(
+            cfg, out, dataset, device=device, reporter=reporter, sample=sample, start=start
+        )
+        try:
+            return trainer.run(stop)
+        finally:
+            trainer.close()
+
+
+def check_vocabulary(cfg: RunConfig, dataset: Dataset) -> None:
+    """Refuse a model that lacks ids of the data."""
+    if cfg.model.vocab_size < dataset.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {cfg.model.vocab_size} and the data's tokenizer has "
+            f"{dataset.vocab_size} ids: set model.vocab_size={dataset.vocab_size}"
+        )
+
+
+class Trainer:
+    """A run in its folder, from the checkpoint ``start`` (None: the beginning) to its end."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        out: Path,
+        dataset: Dataset,
+        *,
+        device: torch.device,
+        reporter: Reporter,
+        sample: Sampler | None,
+        start: Path | None,
+    ) -> None:
+        self.cfg, self.out, self.dataset, self.device = cfg, out, dataset, device
+        self.reporter, self.sample = reporter, sample
+        torch.manual_seed(cfg.train.seed)
+        dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
+        self.model = build_model(cfg.model, seed=cfg.train.seed, device=device, dtype=dtype)
+        self.model.checkpoint_blocks = cfg.train.activation_checkpointing
+        self.parts = checkpoint.Parts(self.model, Optimizer(self.model, cfg.train))
+        self.rows = cfg.train.micro_batch_size or rows_at(cfg, 0)
+        self.loader = Loader(dataset, cfg.data, batch_size=self.rows, seed=cfg.train.seed)
+        self.load(start)
+        self.last_saved = self.progress.step if start else None
+        self.open_folder()
+        sizes = dataset.tokenizer.token_bytes + dataset.tokenizer.is_symbol
+        self.token_sizes = torch.from_numpy(sizes)  # bytes; a symbol counts as one
+        self.flops_per_token = 3 * flops_per_token(cfg.model, cfg.data.seq_len)
+        self.peak_flops = peak_flops(device)
+        self.pending: tuple[Record, Figures] | None = None
+        self.clock = time.perf_counter()
+
+    @property
+    def progress(self) -> checkpoint.Progress:
+        return self.parts.progress
+
+    def step(self) -> None:
+        """One optimizer step."""
+        cfg, done = self.cfg.train, self.progress.step
+        lr = cfg.lr * lr_factor(cfg, done)
+        batches = self.batches()
+        targets = torch.cat([batch.targets[batch.targets != IGNORE] for batch in batches])
+        sums = Sums()
+        for batch in batches:
+            losses = self.losses(batch, progress=done / cfg.steps, denominator=len(targets))
+            losses.total.backward()
+            sums.add(losses)
+        grad_norm = clip_gradients(self.model, cfg.grad_clip)
+        skip = 1 - torch.isfinite(sums.losses["total_loss"] + grad_norm).float()
+        self.parts.optimizer.step(lr, skip)
+        self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
+        self.model.zero_grad(set_to_none=True)
+        self.record(targets, lr, sums, {"grad_norm": grad_norm, "skipped": skip})
+
+    def batches(self) -> list[Batch]:
+        """The micro-batches of the next step."""
+        rows = rows_at(self.cfg, self.progress.step)
+        micro = self.cfg.train.micro_batch_size or rows
+        if micro != self.rows:
+            self.loader.set_batch_size(micro)
+            self.rows = micro
+        return [self.loader.next() for _ in range(rows // micro)]
+
+    def losses(self, batch: Batch, *, progress: float, denominator: int) -> Losses:
+        """The forward pass of one micro-batch."""
+        inputs = [batch.tokens, batch.targets, batch.cu_seqlens]
+        if self.device.type == "cuda":
+            inputs = [tensor.pin_memory() for tensor in inputs]
+        on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+        with self.precision():
+            return self.model.loss(*on_device, progress=progress, denominator=denominator)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Autocast, if the run has it."""
+        if self.cfg.train.dtype == "bf16_autocast":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def record(self, targets: Tensor, lr: float, sums: Sums, guard: dict[str, Tensor]) -> None:
+        """Count the step, send its figures on their way, write down those of the step before."""
+        tokens = rows_at(self.cfg, self.progress.step) * self.cfg.data.seq_len
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        now = time.perf_counter()
+        speed, self.clock = tokens / (now - self.clock), now
+        record: Record = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "loss": None,
+            "bpb": len(targets) / (math.log(2) * max(int(self.token_sizes[targets].sum()), 1)),
+            "lr": lr,
+            "grad_norm": None,
+            "tokens_per_second": speed,
+            "memory_bytes": memory_bytes(self.device),
+        }
+        if self.peak_flops:
+            record["mfu"] = self.flops_per_token * speed / self.peak_flops
+        figures = Figures({**sums.losses, **guard}, sums.vectors())
+        self.flush()
+        self.pending = record, figures
+
+    def flush(self) -> None:
+        """Write down the last step, whose figures have arrived by now."""
+        if self.pending is None:
+            return
+        (record, figures), self.pending = self.pending, None
+        scalars, vectors = figures.read()
+        skipped = scalars.pop("skipped") > 0
+        record |= scalars
+        record["bpb"] *= record["loss"]
+        if vectors:
+            *counts, entropies = vectors
+            record |= routing_figures(counts, entropies.tolist(), log_load=self.cfg.train.log_load)
+        if skipped:
+            record["skipped"] = True
+        self.progress.skipped = self.progress.skipped + 1 if skipped else 0
+        self.progress.skipped_in_all += skipped
+        self.metrics.write(record)
+        self.reporter.step(record)
+
+    # What surrounds the step.
+
+    def run(self, stop: Callable[[], bool]) -> TrainResult:
+        """Step until all is done, ``stop()`` says so, or the guard does."""
+        cfg = self.cfg.train
+        total = sum(rows_at(self.cfg, step) for step in range(cfg.steps)) * self.cfg.data.seq_len
+        self.reporter.start(step=self.progress.step, steps=cfg.steps, tokens=total)
+        if cfg.compile and self.progress.step < cfg.steps:
+            compile_blocks(self.model, self.warm_up, self.reporter.notice)
+        self.clock = time.perf_counter()
+        while self.progress.step < cfg.steps:
+            self.step()
+            stopping = stop()
+            if stopping or any(map(self.due, (cfg.save_every, cfg.eval_every, cfg.sample_every))):
+                self.flush()
+            if self.progress.skipped >= MAX_SKIPPED:
+                return self.result("guard")
+            self.look_around(saving=stopping)
+            if stopping and self.progress.step < cfg.steps:
+                return self.result("interrupted")
+        return self.result("done")
+
+    def due(self, every: int) -> bool:
+        """Whether what happens every so many steps (0: never), and after the last, happens now."""
+        step = self.progress.step
+        return every > 0 and (step % every == 0 or step == self.cfg.train.steps)
+
+    def look_around(self, *, saving: bool) -> None:
+        """Evaluate, write a sample and save, each if it is due. Their time is nobody's speed."""
+        cfg = self.cfg.train
+        if self.due(cfg.eval_every):
+            self.evaluate()
+        if self.sample is not None and self.due(cfg.sample_every):
+            text = self.sample(self.model, self.dataset.tokenizer)
+            self.reporter.sample(self.progress.step, text)
+        if saving or self.due(cfg.save_every):
+            self.save()
+        self.clock = time.perf_counter()
+
+    def evaluate(self) -> None:
+        """Measure the held-out losses and write them down."""
+        result = evaluate(
+            self.model,
+            self.dataset,
+            seq_len=self.cfg.data.seq_len,
+            batch_size=self.rows,
+            max_bytes=self.cfg.train.eval_bytes,
+            precision=self.precision(),
+        )
+        place = {"step": self.progress.step, "tokens": self.progress.tokens}
+        self.evaluations.write({**place, **result.record()})
+        self.last_evaluation = result
+        self.reporter.evaluation(self.progress.step, result)
+
+    def save(self) -> None:
+        """Commit a checkpoint, after all that was recorded up to it."""
+        if self.last_saved == self.progress.step:
+            return
+        self.metrics.sync()
+        self.evaluations.sync()
+        self.parts.loader = self.loader.state()
+        folder = checkpoint.save(self.out, self.cfg, self.parts, self.dataset.tokenizer)
+        self.last_saved = self.progress.step
+        self.reporter.saved(folder)
+
+    def load(self, start: Path | None) -> None:
+        """Take up the run where ``start`` left it, or begin it."""
+        if start is not None:
+            checkpoint.restore(start, self.parts)
+            self.loader.restore(self.parts.loader)
+        elif self.cfg.train.init_from is not None:
+            checkpoint.init_from(Path(self.cfg.train.init_from), self.model, self.dataset.tokenizer)
+
+    def open_folder(self) -> None:
+        """Write what describes the run, and open its records at the present step."""
+        needed = checkpoint.num_bytes(self.parts)
+        warning = checkpoint.check_disk(self.out, needed, self.cfg.train.keep)
+        if warning:
+            self.reporter.notice(warning)
+        replace_text(self.out / CONFIG, to_toml(self.cfg))
+        replace_text(self.out / "env.json", json.dumps(environment(self.device), indent=1) + "\n")
+        self.metrics = JsonLines(self.out / "metrics.jsonl", upto=self.progress.step)
+        self.evaluations = JsonLines(self.out / "eval.jsonl", upto=self.progress.step)
+        self.last_evaluation = last_evaluation(self.out / "eval.jsonl")
+
+    def warm_up(self) -> None:
+        """One forward and backward pass of the next batch, which leaves no trace."""
+        batch = self.loader.peek()
+        self.losses(batch, progress=0.0, denominator=batch.targets.numel()).total.backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def result(self, reason: Reason) -> TrainResult:
+        """How the run ended, with the sentence that says how to go on."""
+        done, steps, out = self.progress.step, self.cfg.train.steps, self.out
+        again = f"fathom train {out / CONFIG} --out {out}"
+        saved = committed(out)
+        message = {
+            "done": f"trained {done} steps into {out}; go on with a higher train.steps",
+            "interrupted": f"stopped after step {done} of {steps}, saved; go on with: {again}",
+            "guard": f"stopped at step {done} of {steps}: loss or gradients were not finite "
+            f"{MAX_SKIPPED} steps in a row; "
+            + (f"the newest checkpoint is {saved[-1]}; " if saved else "nothing was saved; ")
+            + "try a lower train.lr, a longer train.warmup_steps or train.dtype=float32",
+        }[reason]
+        return TrainResult(reason, done, self.progress.tokens, self.last_evaluation, message)
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        self.loader.close()
+        self.metrics.close()
+        self.evaluations.close()
+        self.reporter.close()

@@ -1,0 +1,164 @@
+"""What a run records: a JSON line per step, read from the device a step late so nothing waits."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fathom.ffn.balance import dead_experts, load_entropy, max_violation
+from fathom.model import Losses
+
+Record = dict[str, Any]
+
+
+class Sums:
+    """Losses and routing of one step's micro-batches, whose losses add up to the step's mean.
+
+    Attributes:
+        losses: by name, each a scalar.
+        counts: tokens per expert of each MoE layer over the whole step, int64 ``[E]``.
+        entropies: of each MoE layer's router, summed over the micro-batches, nats.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[str, Tensor] = {}
+        self.counts: list[Tensor] = []
+        self.entropies: list[Tensor] = []
+        self.micro_batches = 0
+
+    def add(self, losses: Losses) -> None:
+        """Take in a micro-batch: its values, not its graph."""
+        self.micro_batches += 1
+        values = {"total_loss": losses.total, "loss": losses.main}
+        values |= {"mtp_loss": losses.mtp, "balance_loss": losses.balance}
+        counts = [routing.tokens_per_expert for routing in losses.routing]
+        entropies = [routing.entropy for routing in losses.routing]
+        if self.micro_batches == 1:
+            self.losses = {name: value.detach() for name, value in values.items()}
+            self.counts, self.entropies = counts, entropies
+            return
+        self.losses = {name: self.losses[name] + value.detach() for name, value in values.items()}
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.entropies = [a + b for a, b in zip(self.entropies, entropies, strict=True)]
+
+    def vectors(self) -> list[Tensor]:
+        """The counts, then one tensor of the routers' mean entropies; empty without MoE layers."""
+        if not self.counts:
+            return []
+        return [*self.counts, torch.stack(self.entropies) / self.micro_batches]
+
+
+class Figures:
+    """Numbers of one step on their way from the device to the host.
+
+    Args:
+        scalars: by name.
+        vectors: any number of 1-D tensors.
+    """
+
+    def __init__(self, scalars: Mapping[str, Tensor], vectors: Sequence[Tensor]) -> None:
+        self._names = list(scalars)
+        values = torch.stack([value.float() for value in scalars.values()])
+        self._sizes = [len(values), *map(len, vectors)]
+        flat = torch.cat([values, *(vector.float() for vector in vectors)])
+        self._host = flat.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if flat.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> tuple[dict[str, float], list[Tensor]]:
+        """The scalars and the vectors; waits if they are not there yet."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values, *vectors = self._host.split(self._sizes)
+        return dict(zip(self._names, values.tolist(), strict=True)), vectors
+
+
+def routing_figures(
+    counts: Sequence[Tensor], entropies: Sequence[float], *, log_load: bool
+) -> Record:
+    """How evenly the experts were used in one step; empty without MoE layers.
+
+    ``max_violation`` and ``load_entropy`` (nats) are means over layers, ``dead_experts`` the sum;
+    ``layers`` has each layer's own, the entropy of its router's scores, and with ``log_load`` its
+    load: each expert's tokens over the mean.
+    """
+    if not counts:
+        return {}
+    layers: list[Record] = []
+    for count, entropy in zip(counts, entropies, strict=True):
+        layer: Record = {
+            "max_violation": max_violation(count).item(),
+            "dead_experts": int(dead_experts(count)),
+            "load_entropy": load_entropy(count).item(),
+            "router_entropy": entropy,
+        }
+        if log_load:
+            layer["load"] = (count / count.mean().clamp(min=1e-9)).tolist()
+        layers.append(layer)
+    return {
+        "max_violation": sum(layer["max_violation"] for layer in layers) / len(layers),
+        "dead_experts": sum(layer["dead_experts"] for layer in layers),
+        "load_entropy": sum(layer["load_entropy"] for layer in layers) / len(layers),
+        "layers": layers,
+    }
+
+
+class JsonLines:
+    """A file of one JSON object per line, in which no step stands twice.
+
+    Args:
+        path: made if it is not there; lines after step ``upto``, and a torn last line, are removed.
+    """
+
+    def __init__(self, path: Path, *, upto: int) -> None:
+        kept = [json.dumps(record) for record in read_lines(path) if record["step"] <= upto]
+        replace_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """The value with None for numbers that JSON lacks (NaN, infinity)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of a JSON-lines file, up to any torn line that an interrupted write left."""
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a stop leaves the old content or the new, never half of it."""
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,195 @@
+"""AdamW, and Muon for hidden matrices, with one flat state of plain tensors.
+
+Muon (Jordan et al. 2024; Liu et al., arXiv:2502.16982, section 2) replaces a matrix's momentum by
+the nearest orthogonal matrix, found by Newton-Schulz iterations, so that every direction of the
+update is equally long. Stacked experts ``[E, m, n]`` are E matrices.
+
+``skip`` is a scalar tensor on the device, 1 where a step must change nothing (its gradients are not
+finite) and else 0: the host need not wait to know which.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from fathom.train.config import TrainConfig
+
+NS_STEPS = 5
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+class AdamW:
+    """Decoupled weight decay and Adam's moments, by torch's fused kernel.
+
+    Args:
+        params: by name.
+        decay: weight decay of each, by name.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        decay: Mapping[str, float],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        self.params, self.betas, self.eps = params, betas, eps
+        self.names_by_decay: dict[float, list[str]] = defaultdict(list)
+        for name in params:
+            self.names_by_decay[decay[name]].append(name)
+        self.state = {
+            **{f"exp_avg.{name}": torch.zeros_like(p.data) for name, p in params.items()},
+            **{f"exp_avg_sq.{name}": torch.zeros_like(p.data) for name, p in params.items()},
+            **{f"step.{name}": torch.zeros((), device=p.device) for name, p in params.items()},
+        }
+
+    def step(self, lr: float, skip: Tensor) -> None:
+        """One update at rate ``lr``; none where ``skip`` is 1."""
+        for decay, names in self.names_by_decay.items():
+            names = [name for name in names if self.params[name].grad is not None]
+            adamw(
+                [self.params[name] for name in names],
+                [self._grad(name) for name in names],
+                [self.state[f"exp_avg.{name}"] for name in names],
+                [self.state[f"exp_avg_sq.{name}"] for name in names],
+                [],
+                [self.state[f"step.{name}"] for name in names],
+                fused=True,
+                found_inf=skip,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=lr,
+                weight_decay=decay,
+                eps=self.eps,
+                maximize=False,
+            )
+
+    def _grad(self, name: str) -> Tensor:
+        grad = self.params[name].grad
+        assert grad is not None
+        return grad
+
+
+class Muon:
+    """Nesterov momentum, orthogonalised, times ``0.2 sqrt(max(m, n))``: an AdamW-sized update.
+
+    So learning rate and weight decay of AdamW can be kept. On 2-D parameters this equals
+    ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``.
+
+    Args:
+        params: by name, each ``[..., m, n]``.
+    """
+
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], *, momentum: float, weight_decay: float
+    ) -> None:
+        self.params, self.momentum, self.weight_decay = params, momentum, weight_decay
+        self.state = {f"momentum.{name}": torch.zeros_like(p.data) for name, p in params.items()}
+
+    def step(self, lr: float, skip: Tensor) -> None:
+        """One update at rate ``lr``; none where ``skip`` is 1."""
+        live = 1 - skip
+        for names in self._equal_shapes():
+            updates = [matrices(name, self._nesterov(name, live)) for name in names]
+            sizes = [len(update) for update in updates]
+            m, n = updates[0].shape[-2:]
+            scale = 0.2 * math.sqrt(max(m, n)) * lr * live
+            for name, update in zip(
+                names, orthogonal(torch.cat(updates)).split(sizes), strict=True
+            ):
+                weight = self.params[name].data
+                weight.mul_(1 - lr * self.weight_decay * live)
+                weight.sub_(update.reshape(weight.shape).to(weight.dtype) * scale)
+
+    def _equal_shapes(self) -> list[list[str]]:
+        """Names whose matrices are orthogonalised in one batch: those of one shape, 2-D ones only,
+        since a stack of experts is a batch already."""
+        groups: dict[object, list[str]] = defaultdict(list)
+        for name, weight in self.params.items():
+            if weight.grad is not None:
+                groups[tuple(weight.shape) if weight.ndim == 2 else name].append(name)
+        return list(groups.values())
+
+    def _nesterov(self, name: str, live: Tensor) -> Tensor:
+        grad = self.params[name].grad
+        assert grad is not None
+        grad = torch.where(live > 0, grad, 0)  # not grad * live: NaN * 0 is NaN
+        momentum = self.state[f"momentum.{name}"]
+        momentum.lerp_(grad, (1 - self.momentum) * live.to(grad.dtype))
+        return grad.lerp(momentum, self.momentum)
+
+
+def matrices(name: str, weight: Tensor) -> Tensor:
+    """``[..., m, n]`` as ``[batch, m, n]``; stacked gate and up projections are two matrices."""
+    if name.endswith("w_gate_up"):
+        weight = weight.unflatten(-2, (2, -1))
+    return weight.reshape(-1, *weight.shape[-2:])
+
+
+def orthogonal(x_KMN: Tensor) -> Tensor:
+    """The nearest matrices whose singular values are all about 1, bfloat16, by Newton-Schulz.
+
+    ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, from ``X / |X|_F``.
+    """
+    a, b, c = NS_COEFFICIENTS
+    tall = x_KMN.shape[-2] > x_KMN.shape[-1]
+    x = x_KMN.mT.bfloat16() if tall else x_KMN.bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(NS_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Optimizer:
+    """The optimizer of a model: AdamW, or Muon for its hidden matrices and AdamW for the rest.
+
+    The routing bias of experts is a buffer and never in it.
+    """
+
+    def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        hidden = {name for name, p in params.items() if is_hidden_matrix(name, p)}
+        by_muon = hidden if cfg.optimizer == "muon" else set()
+        rest = {name: p for name, p in params.items() if name not in by_muon}
+        decay = {name: weight_decay(name, p, cfg) for name, p in rest.items()}
+        self.parts: list[AdamW | Muon] = [AdamW(rest, decay, betas=cfg.betas, eps=cfg.eps)]
+        if by_muon:
+            matrices = {name: p for name, p in params.items() if name in by_muon}
+            decayed = {"momentum": cfg.muon_momentum, "weight_decay": cfg.weight_decay}
+            self.parts.append(Muon(matrices, **decayed))
+
+    @torch.no_grad()
+    def step(self, lr: float, skip: Tensor) -> None:
+        """One update at rate ``lr``; none where ``skip`` is 1."""
+        for part in self.parts:
+            part.step(lr, skip)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the next step depends on, by name: the live tensors, not copies."""
+        return {name: tensor for part in self.parts for name, tensor in part.state.items()}
+
+
+def clip_gradients(model: nn.Module, highest: float) -> Tensor:
+    """Scale all gradients to a global norm of at most ``highest`` (0: any); the norm before."""
+    if highest == 0:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads, foreach=True)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), highest, foreach=True)
+
+
+def is_hidden_matrix(name: str, weight: Tensor) -> bool:
+    """Whether Muon takes it: a matrix of a block, the router (a classifier's head) excepted."""
+    return weight.ndim >= 2 and name.startswith(("blocks.", "mtp.")) and "router" not in name
+
+
+def weight_decay(name: str, weight: Tensor, cfg: TrainConfig) -> float:
+    """None for norms and biases; for the embedding as configured."""
+    spared = weight.ndim < 2 or (name == "embed.weight" and not cfg.decay_embeddings)
+    return 0.0 if spared else cfg.weight_decay
