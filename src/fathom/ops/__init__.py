@@ -1,7 +1,9 @@
-"""The operations that everything heavy is made of: contract, reference, and what runs.
+"""The operations that the heavy work is made of: contract, reference, and the choice of what runs.
 
-``choose`` picks an implementation, ``why_not`` says why another does not run, and ``OPS`` lists all.
+``table`` says of every op what runs where; ``why_not`` says what an implementation lacks.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -10,12 +12,13 @@ from fathom.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
 from fathom.ops.grouped_mm import GROUPED_MM, grouped_mm
 from fathom.ops.norm import rms_norm
 from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
-from fathom.ops.registry import Impl, Implementations, choose, no_kernel_yet, runs_anywhere
+from fathom.ops.registry import Impl, Implementations, choose, no_kernel, takes_all
 from fathom.ops.rope import rotate
 
 __all__ = [
     "OPS",
     "Impl",
+    "OpRow",
     "Permutation",
     "attention",
     "choose",
@@ -26,21 +29,52 @@ __all__ = [
     "rms_norm",
     "rotate",
     "sort_by_expert",
+    "table",
     "token_cross_entropy",
     "why_not",
 ]
 
-PLAIN = {"triton": no_kernel_yet, "torch": runs_anywhere}
+
+def _plain(op: str) -> Implementations:
+    return Implementations(op=op, refusals={"triton": no_kernel, "torch": takes_all})
+
+
 OPS = {
     "attention": ATTENTION,
-    "cross_entropy": Implementations(op="cross_entropy", refusals=PLAIN),
+    "cross_entropy": _plain("cross_entropy"),
     "grouped_mm": GROUPED_MM,
-    "norm": Implementations(op="norm", refusals=PLAIN),
-    "permute": Implementations(op="permute", refusals=PLAIN),
-    "rope": Implementations(op="rope", refusals=PLAIN),
+    "norm": _plain("norm"),
+    "permute": _plain("permute"),
+    "rope": _plain("rope"),
 }
 
 
-def why_not(op_name: str, impl: str, device: str, dtype: torch.dtype = torch.float32) -> str:
-    """What ``impl`` of an op lacks on this device and dtype; "" if it runs."""
+class OpRow(NamedTuple):
+    """What runs of one op, and why nothing faster does."""
+
+    op: str
+    cpu: str  # implementation for the CPU dtype asked for
+    cuda: str  # implementation for the CUDA dtype asked for
+    why_not: str  # why not the kernel; "" if it runs
+
+
+def why_not(
+    op_name: str, device: str, dtype: torch.dtype = torch.float32, *, impl: str = "triton"
+) -> str:
+    """What keeps ``impl`` of an op from running on this device and dtype; "" if nothing does."""
     return OPS[op_name].why_not(impl, device, dtype)
+
+
+def table(
+    cpu_dtype: torch.dtype = torch.float32, cuda_dtype: torch.dtype = torch.bfloat16
+) -> list[OpRow]:
+    """One row for each op: what runs on the CPU, what on CUDA, and why not the kernel there."""
+    return [
+        OpRow(
+            name,
+            cpu=implementations.fastest("cpu", cpu_dtype),
+            cuda=implementations.fastest("cuda", cuda_dtype),
+            why_not=implementations.why_not("triton", "cuda", cuda_dtype),
+        )
+        for name, implementations in OPS.items()
+    ]

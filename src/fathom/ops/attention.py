@@ -1,4 +1,7 @@
-"""Softmax attention with grouped keys and values: ``softmax(scale * q k^T + mask) v``.
+"""Softmax attention with shared keys and values: ``softmax(scale * q k^T + mask) v``.
+
+``torch`` is the fastest of PyTorch's kernels that is right for the shape: on CUDA cuDNN's where it
+takes it, on the CPU the flash kernel.
 
 Shapes: B batch, T queries, S keys, H query heads, G key-value heads, Q query and key width, V value
 width. Query head ``h`` reads key-value head ``h // (H / G)``.
@@ -6,29 +9,36 @@ width. Query head ``h`` reads key-value head ``h // (H / G)``.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import sdpa_backward_flop, sdpa_flop
+from torch.nn.functional import scaled_dot_product_attention
 
+from fathom.ops.cpu_attention import cpu_attention
 from fathom.ops.registry import (
     Impl,
     Implementations,
+    autocast,
     choose,
-    count_flops_if_torch_does_not,
-    no_kernel_yet,
-    runs_anywhere,
+    no_kernel,
+    takes_all,
+    wide,
 )
+
+FEW_QUERIES = 8
+
+
+def torch_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What the kernels of PyTorch need."""
+    if any(t.numel() == 0 for t in tensors):
+        return f"it needs queries and keys, got shapes {[tuple(t.shape) for t in tensors]}"
+    if any(t.requires_grad for t in tensors[3:]):
+        return "it needs a mask that wants no gradient"
+    return ""
+
 
 ATTENTION = Implementations(
     op="attention",
-    refusals={"triton": no_kernel_yet, "torch": runs_anywhere, "reference": runs_anywhere},
+    refusals={"triton": no_kernel, "torch": torch_refusal, "reference": takes_all},
 )
-FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def attention(
@@ -41,105 +51,150 @@ def attention(
     causal: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Mix the values that each query may see; returns ``[B, T, H, V]`` in q's dtype.
+    """For each query the mean of the values it may see, weighted by softmax: ``[B, T, H, V]``.
 
     Args:
-        scale: what the scores are multiplied by.
-        mask: broadcastable to ``[B, H, T, S]``: bool (True: visible) or float (added to the scores).
-        causal: query t sees keys 0..t; needs T == S and no mask.
+        q_BTHQ: queries.
+        k_BSGQ: keys; G divides H.
+        v_BSGV: values; V may differ from Q.
+        scale: what a score is multiplied by.
+        mask: broadcastable to ``[B, H, T, S]``: bool (True: visible) or float (added to a score).
+        causal: query t sees keys 0 to t; needs T == S and no mask.
+        impl: which implementation; all take everything but empty inputs and learned masks.
 
-    A query that sees nothing gets zeros and sends no gradient. Softmax is in float32 (float64 for
-    float64).
+    The softmax is in float32 (float64 for float64), the result in q's dtype. A query that sees
+    nothing gives zeros and passes no gradient back.
+
+    Raises:
+        ValueError: G does not divide H, ``causal`` with a mask or T != S, a refused ``impl``.
     """
-    _, length, heads, _ = q_BTHQ.shape
+    q_BTHQ, k_BSGQ, v_BSGV = autocast(q_BTHQ, k_BSGQ, v_BSGV)
+    length, heads = q_BTHQ.shape[1:3]
     if heads % k_BSGQ.shape[2]:
-        raise ValueError(
-            f"{heads} query heads do not divide over {k_BSGQ.shape[2]} key-value heads"
-        )
+        raise ValueError(f"{heads} query heads do not divide among {k_BSGQ.shape[2]} key heads")
     if causal and (mask is not None or length != k_BSGQ.shape[1]):
         raise ValueError(
             f"causal=True needs as many keys as queries and no mask, got {length} queries and "
-            f"{k_BSGQ.shape[1]} keys; pass a mask instead"
+            f"{k_BSGQ.shape[1]} keys; say what is visible in mask instead"
         )
-    run = attention_reference
-    if choose(ATTENTION, impl, q_BTHQ, k_BSGQ, v_BSGV) == "torch":
-        run = torch_attention
-    return run(q_BTHQ, k_BSGQ, v_BSGV, scale=scale, mask=mask, causal=causal)
+    masks = () if mask is None else (mask,)
+    if choose(ATTENTION, impl, q_BTHQ, k_BSGQ, v_BSGV, *masks) == "reference":
+        return attention_reference(q_BTHQ, k_BSGQ, v_BSGV, scale, mask, causal)
+    bias, sees_BT11 = (None, None) if mask is None else additive(mask, q_BTHQ.dtype)
+    out_BTHV = torch_attention(q_BTHQ, k_BSGQ, v_BSGV, scale, bias, causal)
+    return out_BTHV if sees_BT11 is None else out_BTHV * sees_BT11
 
 
 def attention_reference(
     q_BTHQ: Tensor,
     k_BSGQ: Tensor,
     v_BSGV: Tensor,
-    *,
     scale: float,
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """The definition: all scores in memory."""
-    wide = torch.promote_types(q_BTHQ.dtype, torch.float32)
+    """The definition: all scores in memory, keys and values repeated for their query heads."""
     share = q_BTHQ.shape[2] // k_BSGQ.shape[2]
-    q, k, v = q_BTHQ.to(wide), k_BSGQ.to(wide), v_BSGV.to(wide)
+    q, k, v = (t.to(wide(t.dtype)) for t in (q_BTHQ, k_BSGQ, v_BSGV))
     k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
     scores_BHTS = scale * torch.einsum("bthq,bshq->bhts", q, k)
     if causal:
         mask = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        mask, sees = never_empty(mask)
-        if mask.dtype == torch.bool:
-            scores_BHTS = scores_BHTS.masked_fill(~mask, float("-inf"))
-        else:
-            scores_BHTS = scores_BHTS + mask
-        scores_BHTS = scores_BHTS.softmax(dim=-1) * sees
+    if mask is None:
+        return torch.einsum("bhts,bshv->bthv", scores_BHTS.softmax(-1), v).to(q_BTHQ.dtype)
+    bias, sees_BT11 = additive(mask, q.dtype)
+    weights_BHTS = (scores_BHTS + bias).softmax(-1)
+    out_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS, v) * sees_BT11
+    return out_BTHV.to(q_BTHQ.dtype)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A mask as what is added to the scores, and which queries see anything, ``[B, T, 1 or H, 1]``.
+
+    A blind query is made to see everything, so that no kernel divides by zero; whoever calls this
+    multiplies the output by ``sees``.
+    """
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype == torch.bool:
+        sees = mask.any(dim=-1, keepdim=True)
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        bias = bias.masked_fill(~mask & sees, float("-inf"))
     else:
-        scores_BHTS = scores_BHTS.softmax(dim=-1)
-    return torch.einsum("bhts,bshv->bthv", scores_BHTS, v).to(q_BTHQ.dtype)
+        sees = (mask > float("-inf")).any(dim=-1, keepdim=True)
+        bias = mask.to(dtype).masked_fill(~sees, 0.0)
+    return bias, sees.transpose(1, 2)
 
 
 def torch_attention(
     q_BTHQ: Tensor,
     k_BSGQ: Tensor,
     v_BSGV: Tensor,
-    *,
     scale: float,
-    mask: Tensor | None = None,
-    causal: bool = False,
+    bias: Tensor | None,
+    causal: bool,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention``."""
-    q, k, v = q_BTHQ.transpose(1, 2), k_BSGQ.transpose(1, 2), v_BSGV.transpose(1, 2)
-    gqa = q.shape[1] != k.shape[1]
-    sees = None
-    if mask is not None:
-        mask, sees = never_empty(mask)
-        if mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
-    if q.is_cuda:
-        with sdpa_kernel(FASTEST_FIRST, set_priority=True):
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
-            )
-    else:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
-        )
-    if sees is not None:
-        out = out * sees
-    return out.transpose(1, 2)
+    """The fastest kernel of PyTorch for these shapes."""
+    unequal = q_BTHQ.shape[-1] != v_BSGV.shape[-1]
+    shared = q_BTHQ.shape[2] != k_BSGQ.shape[2]
+    if unequal and shared and q_BTHQ.shape[1] <= FEW_QUERIES and not causal:
+        return few_queries(q_BTHQ, k_BSGQ, v_BSGV, scale, bias)
+    if q_BTHQ.device.type == "cpu":
+        return cpu_attention(q_BTHQ, k_BSGQ, v_BSGV, bias, causal, scale)[0]
+    return sdpa(q_BTHQ, k_BSGQ, v_BSGV, scale, bias, causal)
 
 
-def never_empty(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask with blind queries made to see everything, and ``sees`` ``[..., T, 1]``, False there.
+def few_queries(
+    q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, scale: float, bias: Tensor | None
+) -> Tensor:
+    """Decoding over a shared latent: the heads that share a key become rows of one matmul.
 
-    No softmax then divides by zero, in any kernel; multiplying by ``sees`` gives the zeros.
+    No kernel of PyTorch takes shared keys with values of another width; the fallback would write
+    every key once per query head.
     """
-    if mask.dtype == torch.bool:
-        sees = mask.any(dim=-1, keepdim=True)
-        return mask | ~sees, sees
-    sees = (mask > float("-inf")).any(dim=-1, keepdim=True)
-    return mask.masked_fill(~sees, 0.0), sees
+    batch, length, heads, _ = q_BTHQ.shape
+    groups = k_BSGQ.shape[2]
+    q_BGRQ = q_BTHQ.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores_BGRS = torch.matmul(q_BGRQ * scale, k_BSGQ.permute(0, 2, 3, 1)).to(wide(q_BTHQ.dtype))
+    scores_BHTS = scores_BGRS.reshape(batch, heads, length, -1)
+    if bias is not None:
+        scores_BHTS = scores_BHTS + bias
+    weights_BGRS = scores_BHTS.softmax(-1).to(v_BSGV.dtype).view(scores_BGRS.shape)
+    out_BGRV = torch.matmul(weights_BGRS, v_BSGV.transpose(1, 2))
+    return out_BGRV.reshape(batch, heads, length, -1).transpose(1, 2)
 
 
-count_flops_if_torch_does_not(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
-count_flops_if_torch_does_not(
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop
-)
+def sdpa(
+    q_BTHQ: Tensor,
+    k_BSGQ: Tensor,
+    v_BSGV: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` with the fastest kernel that is right for the shape."""
+    shared = q_BTHQ.shape[2] != k_BSGQ.shape[2]
+    if shared and (bias is not None or q_BTHQ.shape[-1] != v_BSGV.shape[-1]):
+        share = q_BTHQ.shape[2] // k_BSGQ.shape[2]  # these kernels want one key head per query head
+        k_BSGQ, v_BSGV = (t.repeat_interleave(share, dim=2) for t in (k_BSGQ, v_BSGV))
+        shared = False
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHQ, k_BSGQ, v_BSGV))
+    with sdpa_kernel(backends(q.shape[2], k.shape[2], bias is not None), set_priority=True):
+        out_BHTV = scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=shared
+        )
+    return out_BHTV.transpose(1, 2)
+
+
+def backends(n_queries: int, n_keys: int, masked: bool) -> list[SDPBackend]:
+    """CUDA's kernels, fastest first.
+
+    With a mask cuDNN's backward gives NaN at lengths that leave half a tile of 128 (pytorch issue
+    196678), so it then runs on whole tiles only.
+    """
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return order[1:] if masked and (n_queries % 128 or n_keys % 128) else order

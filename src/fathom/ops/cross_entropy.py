@@ -1,15 +1,22 @@
-"""Cross-entropy of ``x @ w^T`` without holding all logits: the loss of a large vocabulary.
+"""Cross-entropy of ``x @ w^T`` without all logits in memory: the loss over a large vocabulary.
 
 Rows are taken in chunks whose logits fit in ``max_bytes``. When training, a chunk's gradients are
-computed at once, while its logits are there: three matmuls in all, nothing recomputed.
+computed while its logits are there (they become the gradient, in place), so there are three matmuls
+and nothing is computed twice; the backward only scales.
 
-Shapes: N tokens, V vocabulary, D width.
+Shapes: N tokens, M tokens of a chunk, V vocabulary, D width.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fathom.ops.registry import autocast, op
+from fathom.ops.registry import autocast, op, wide
+
+CPU_ROWS = 512  # measured: logits stay in cache, matmuls stay wide
+SLICES = 8  # of a chunk in a narrow dtype; only one of them is widened at a time
 
 
 def linear_cross_entropy(
@@ -20,14 +27,23 @@ def linear_cross_entropy(
     max_bytes: int = 2**30,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The *sum* of ``-log softmax(x w^T)[target]`` over targets that are not ``ignore_index``.
+    """The *sum* of ``-log softmax(x w^T)[target]`` over the targets that are not ``ignore_index``.
 
-    A scalar in float32 (float64 for float64). At most ``max_bytes`` of logits exist at a time (one
-    row at least).
+    A scalar in float32 (float64 for float64). At most ``max_bytes`` of logits, or one row of them,
+    exist at a time.
     """
     x_ND, w_VD = autocast(x_ND, w_VD)
-    train = torch.is_grad_enabled() and (x_ND.requires_grad or w_VD.requires_grad)
-    return _linear_cross_entropy(x_ND, w_VD, targets_N, max_bytes, ignore_index, train)[0]
+    training = torch.is_grad_enabled()
+    loss, _, _ = _linear_cross_entropy(
+        x_ND,
+        w_VD,
+        targets_N,
+        max_bytes,
+        ignore_index,
+        training and x_ND.requires_grad,
+        training and w_VD.requires_grad,
+    )
+    return loss
 
 
 def token_cross_entropy(
@@ -38,100 +54,140 @@ def token_cross_entropy(
     max_bytes: int = 2**30,
     ignore_index: int = -100,
 ) -> Tensor:
-    """``-log softmax(x w^T)[target]`` of every token in nats, ``[N]`` float32, 0 where ignored.
+    """``-log softmax(x w^T)[target]`` of each token in nats, ``[N]``, 0 where it is ignored.
 
-    For evaluation: not differentiable.
+    For evaluation, without a gradient. Float32 (float64 for float64); memory as above.
     """
     x_ND, w_VD = autocast(x_ND.detach(), w_VD.detach())
     return _token_cross_entropy(x_ND, w_VD, targets_N, max_bytes, ignore_index)
 
 
 def rows_per_chunk(x_ND: Tensor, w_VD: Tensor, max_bytes: int) -> int:
-    """How many rows' logits fit: one copy in x's dtype and one in float32 or wider."""
-    wide = torch.promote_types(x_ND.dtype, torch.float32)
-    row = w_VD.shape[0] * (x_ND.dtype.itemsize + wide.itemsize)
-    return max(1, max_bytes // row)
+    """How many rows' logits fit, the widened slice of a narrow dtype included."""
+    row = w_VD.shape[0] * x_ND.dtype.itemsize
+    if x_ND.dtype != wide(x_ND.dtype):
+        row += w_VD.shape[0] * wide(x_ND.dtype).itemsize // SLICES
+    rows = max_bytes // row
+    if x_ND.device.type == "cpu":
+        rows = min(rows, CPU_ROWS)
+    return max(1, rows // 128 * 128 if rows > 128 else rows)
 
 
-def _fake_tokens(x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, max_bytes: int, ignore_index: int):
-    return x_ND.new_empty(x_ND.shape[0], dtype=torch.promote_types(x_ND.dtype, torch.float32))
+def losses_and_slopes(logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into their gradient, in place: ``(losses_M, norm_M1)``.
+
+    What is left in ``logits_MV``, divided by ``norm_M1``, is ``softmax - one_hot(target)``.
+    """
+    at_M1 = targets_M[:, None]
+    if logits_MV.dtype == wide(logits_MV.dtype):
+        top_M1 = logits_MV.amax(-1, keepdim=True)
+        target_M1 = logits_MV.gather(1, at_M1)
+        norm_M1 = logits_MV.sub_(top_M1).exp_().sum(-1, keepdim=True)
+        logits_MV.scatter_add_(1, at_M1, -norm_M1)
+        return (top_M1 + norm_M1.log() - target_M1).squeeze(1), norm_M1
+    losses = []
+    rows = -(-logits_MV.shape[0] // SLICES)
+    for part, at in zip(logits_MV.split(rows), at_M1.split(rows), strict=True):
+        log_p = part.log_softmax(-1, dtype=wide(part.dtype))
+        loss_M1 = -log_p.gather(1, at)
+        torch.exp(log_p, out=part)
+        part.scatter_(1, at, torch.expm1(-loss_M1).to(part.dtype))
+        losses.append(loss_M1)
+    losses_M1 = torch.cat(losses)
+    return losses_M1.squeeze(1), torch.ones_like(losses_M1)
 
 
-def _token_flops(x, w, *_, out_shape, **__) -> int:
-    return 2 * x[0] * w[0] * w[1]
+def _fake_tokens(x_ND: Tensor, *_: Any) -> Tensor:
+    return x_ND.new_empty(x_ND.shape[0], dtype=wide(x_ND.dtype))
 
 
-@op("token_cross_entropy", fake=_fake_tokens, flops=_token_flops)
+@op(
+    "token_cross_entropy",
+    fake=_fake_tokens,
+    flops=lambda x, w, *_: 2 * x[0] * w[0] * w[1],
+)
 def _token_cross_entropy(
     x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, max_bytes: int, ignore_index: int
 ) -> Tensor:
-    losses_N = _fake_tokens(x_ND, w_VD, targets_N, max_bytes, ignore_index)
     rows = rows_per_chunk(x_ND, w_VD, max_bytes)
-    for a in range(0, x_ND.shape[0], rows):
-        logits = x_ND[a : a + rows] @ w_VD.T
-        losses_N[a : a + rows] = torch.nn.functional.cross_entropy(
-            logits.to(losses_N.dtype),
-            targets_N[a : a + rows],
-            ignore_index=ignore_index,
-            reduction="none",
-        )
-    return losses_N
+    valid_N = targets_N != ignore_index
+    targets_N = targets_N.where(valid_N, 0)
+    chunks = zip(x_ND.split(rows), targets_N.split(rows), strict=True)
+    losses_N = torch.cat([losses_and_slopes(x @ w_VD.T, targets)[0] for x, targets in chunks])
+    return losses_N * valid_N
 
 
 def _fake_sum(
-    x_ND: Tensor,
-    w_VD: Tensor,
-    targets_N: Tensor,
-    max_bytes: int,
-    ignore_index: int,
-    train: bool,
+    x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, max_bytes: int, ignore: int, dx: bool, dw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss = x_ND.new_empty((), dtype=torch.promote_types(x_ND.dtype, torch.float32))
-    if not train:
-        return loss, x_ND.new_empty(0), w_VD.new_empty(0)
-    return loss, x_ND.new_empty(x_ND.shape), w_VD.new_empty(w_VD.shape)
+    loss = x_ND.new_empty((), dtype=wide(x_ND.dtype))
+    return loss, x_ND.new_empty(x_ND.shape if dx else 0), w_VD.new_empty(w_VD.shape if dw else 0)
 
 
-def _sum_flops(x, w, targets, max_bytes, ignore_index, train, *, out_shape, **_) -> int:
-    return (6 if train else 2) * x[0] * w[0] * w[1]
+def _flops(
+    x: Sequence[int],
+    w: Sequence[int],
+    targets: Any,
+    max_bytes: int,
+    ignore: int,
+    dx: bool,
+    dw: bool,
+) -> int:
+    return 2 * x[0] * w[0] * w[1] * (1 + dx + dw)
 
 
-def _setup(ctx, inputs, output) -> None:
-    _, dx_ND, dw_VD = output
-    ctx.save_for_backward(dx_ND, dw_VD)
-    ctx.mark_non_differentiable(dx_ND, dw_VD)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.wants = inputs[5:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad: Tensor, *_):
-    dx_ND, dw_VD = ctx.saved_tensors
-    return dx_ND * grad.to(dx_ND.dtype), dw_VD * grad.to(dw_VD.dtype), None, None, None, None
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dw = (
+        scaled(gradient, grad) if want else None
+        for gradient, want in zip(ctx.saved_tensors, ctx.wants, strict=True)
+    )
+    return dx, dw, None, None, None, None, None
 
 
-@op("linear_cross_entropy", fake=_fake_sum, flops=_sum_flops, setup=_setup, backward=_backward)
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The product in the gradient's dtype, the factor not rounded to it first."""
+    return torch.mul(gradient, factor.reshape(1, 1), out=torch.empty_like(gradient))
+
+
+def _chunk(
+    x_MD: Tensor, w_VD: Tensor, targets_M: Tensor, valid_M: Tensor, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss and gradients of a few rows; their logits are freed on return."""
+    logits_MV = x_MD @ w_VD.T
+    losses_M, norm_M1 = losses_and_slopes(logits_MV, targets_M)
+    weight_M1 = (valid_M[:, None] / norm_M1).to(x_MD.dtype)
+    dx_MD = (logits_MV @ w_VD).mul_(weight_M1) if need_dx else None
+    dw_VD = logits_MV.T @ (x_MD * weight_M1) if need_dw else None
+    return (losses_M * valid_M).sum(), dx_MD, dw_VD
+
+
+@op("linear_cross_entropy", fake=_fake_sum, flops=_flops, setup=_setup, backward=_backward)
 def _linear_cross_entropy(
     x_ND: Tensor,
     w_VD: Tensor,
     targets_N: Tensor,
     max_bytes: int,
     ignore_index: int,
-    train: bool,
+    need_dx: bool,
+    need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x_ND.dtype, torch.float32)
-    if not train:
-        losses_N = _token_cross_entropy(x_ND, w_VD, targets_N, max_bytes, ignore_index)
-        return losses_N.sum(), x_ND.new_empty(0), w_VD.new_empty(0)
-    loss = x_ND.new_zeros((), dtype=wide)
-    dx_ND = x_ND.new_empty(x_ND.shape)
-    dw_VD = w_VD.new_zeros(w_VD.shape, dtype=wide)
+    """The loss and both gradients, of no elements where they are not needed."""
     rows = rows_per_chunk(x_ND, w_VD, max_bytes)
-    for a in range(0, x_ND.shape[0], rows):
-        x, targets = x_ND[a : a + rows], targets_N[a : a + rows]
-        valid = targets != ignore_index
-        at = targets.where(valid, 0)[:, None]
-        log_p = torch.log_softmax(x @ w_VD.T, dim=-1, dtype=wide)
-        loss -= (log_p.gather(1, at)[:, 0] * valid).sum()
-        grad = log_p.exp_().scatter_add_(1, at, -torch.ones_like(log_p[:, :1]))
-        grad = (grad * valid[:, None]).to(x.dtype)
-        torch.mm(grad, w_VD, out=dx_ND[a : a + rows])
-        dw_VD += grad.T @ x
-    return loss, dx_ND, dw_VD.to(w_VD.dtype)
+    valid_N = targets_N != ignore_index
+    targets_N = targets_N.where(valid_N, 0)
+    loss, dx_parts, dw_VD = x_ND.new_zeros((), dtype=wide(x_ND.dtype)), [], None
+    for a in range(0, max(x_ND.shape[0], 1), rows):
+        m = slice(a, a + rows)
+        part, dx_MD, dw_part = _chunk(x_ND[m], w_VD, targets_N[m], valid_N[m], need_dx, need_dw)
+        loss += part
+        dx_parts.append(dx_MD)
+        if dw_part is not None:
+            dw_VD = dw_part if dw_VD is None else dw_VD.to(wide(w_VD.dtype)).add_(dw_part)
+    dx_ND = torch.cat(dx_parts) if need_dx else x_ND.new_empty(0)
+    return loss, dx_ND, w_VD.new_empty(0) if dw_VD is None else dw_VD.to(w_VD.dtype)

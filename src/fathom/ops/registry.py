@@ -1,73 +1,70 @@
 """How an op is registered, and which of its implementations runs.
 
 An op is a contract with several implementations: ``reference`` (plain PyTorch, the definition),
-``torch`` (the fast path PyTorch ships) and ``triton`` (our kernel). ``auto`` takes the first that can
-run, fastest first; a forced one is honoured or refused with a sentence, never swapped.
+``torch`` (the fast path that PyTorch ships) and ``triton`` (our kernel). ``auto`` takes the fastest
+that can run; a forced one is honoured or refused with a sentence, never swapped for another.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 Impl = Literal["auto", "reference", "torch", "triton"]
 
 Refusal = Callable[..., str]
-"""``refusal(device_type, dtype, *tensors)``: what is missing ("it needs ..."), or "" if it can run.
+"""``refusal(device_type, dtype, *tensors)``: "it needs ..., got ...", or "" if nothing is missing.
 
 Called without tensors it answers for a device and a dtype alone.
 """
 
 
-def runs_anywhere(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
-    """The refusal of an implementation that takes everything."""
+def takes_all(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """The refusal of an implementation that runs everywhere."""
     return ""
 
 
-def no_kernel_yet(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+def no_kernel(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     """The refusal of a kernel that is not written."""
-    return "it needs a Triton kernel, and this op has none yet"
+    return "it needs a kernel, and there is no Triton kernel of this op yet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Implementations:
-    """An op's implementations, fastest first, each with what stops it."""
+    """What stops each implementation of an op, fastest first; the last runs everywhere."""
 
     op: str
     refusals: Mapping[str, Refusal]
 
     def why_not(self, impl: str, device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
-        """The sentence that says what ``impl`` lacks; "" if it can run."""
+        """What ``impl`` lacks to run on these tensors; "" if it can."""
         return self.refusals[impl](device, dtype, *tensors)
 
-    def auto(self, device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    def fastest(self, device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
         """The first implementation that can run."""
-        able = (i for i in self.refusals if not self.why_not(i, device, dtype, *tensors))
-        return next(able)
+        return next(i for i in self.refusals if not self.why_not(i, device, dtype, *tensors))
 
 
 def choose(implementations: Implementations, impl: Impl, *tensors: Tensor) -> str:
     """The name of the implementation that runs on ``tensors``.
 
     Raises:
-        ValueError: a forced ``impl`` is unknown or cannot run; the sentence says what it needs.
+        ValueError: a forced ``impl`` is unknown, or cannot run; the sentence says what it needs.
     """
     device, dtype = tensors[0].device.type, tensors[0].dtype
+    fastest = implementations.fastest(device, dtype, *tensors)
     if impl == "auto":
-        return implementations.auto(device, dtype, *tensors)
+        return fastest
     if impl not in implementations.refusals:
         known = ", ".join(["auto", *implementations.refusals])
-        raise ValueError(
-            f"impl={impl!r} of {implementations.op} is not known; choose from: {known}"
-        )
+        raise ValueError(f"impl={impl!r} is not known to {implementations.op}: it has {known}")
     if reason := implementations.why_not(impl, device, dtype, *tensors):
-        fallback = implementations.auto(device, dtype, *tensors)
-        raise ValueError(
-            f"impl={impl!r} cannot run: {reason}; pass impl='auto' for the {fallback} implementation"
-        )
+        raise ValueError(f"impl={impl!r} cannot run: {reason}; pass impl='auto' for {fastest!r}")
     return impl
 
 
@@ -76,40 +73,40 @@ def op(
     *,
     fake: Callable[..., Any],
     flops: Callable[..., int],
-    backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function of tensors as ``torch.ops.fathom.<name>``, opaque to ``torch.compile``.
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
+    """Register a function as ``torch.ops.fathom.<name>``, opaque to ``torch.compile``.
 
     Args:
         name: the op's name.
-        fake: same arguments, outputs of the right shape, dtype and strides without computing.
-        flops: same arguments with shapes in place of tensors, and ``out_shape``; 2 per multiply-add.
-        backward: ``backward(ctx, *grads)``, one gradient or None for each argument.
-        setup: ``setup(ctx, inputs, output)``: what backward needs.
+        fake: called as the function is; tensors of the same shape, dtype and strides, uncomputed.
+        flops: called as the function is, with shapes for tensors; 2 per multiply-add.
+        setup: ``setup(ctx, inputs, output)`` keeps what the backward needs.
+        backward: ``backward(ctx, *grads)`` gives a gradient or None for each argument.
     """
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Callable[Args, Result]) -> Callable[Args, Result]:
         custom = torch.library.custom_op(f"fathom::{name}", function, mutates_args=())
         custom.register_fake(fake)
         if backward is not None:
             custom.register_autograd(backward, setup_context=setup)
-        register_flop_formula(getattr(torch.ops.fathom, name))(flops)
-        return custom
+        packet = getattr(torch.ops.fathom, name)
+        register_flop_formula(packet)(lambda *shapes, out_shape=None, **_: flops(*shapes))
+        return cast(Callable[Args, Result], custom)
 
     return register
 
 
-def count_flops_if_torch_does_not(packet: Any, flops: Callable[..., int]) -> None:
-    """Give ``FlopCounterMode`` a formula for an op of torch's own that it does not know."""
-    if packet not in flop_registry:
-        register_flop_formula(packet)(flops)
-
-
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype that an enclosing ``torch.autocast`` asks matmuls to run in."""
+    """The tensors in the dtype that an enclosing ``torch.autocast`` wants matmuls to run in."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over ``dtype`` are computed in: float32, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
