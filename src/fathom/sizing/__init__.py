@@ -1,5 +1,5 @@
 """What a config costs, from its numbers alone: no tensor is made."""
 
-from fathom.sizing.size import size
+from fathom.sizing.size import Size, size
 
-__all__ = ["size"]
+__all__ = ["Size", "size"]

@@ -1,0 +1,206 @@
+"""The public functions: build, load and save a model, size a config, add a part of one's own."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from fathom import sizing
+from fathom.attention import ATTENTION, AttentionConfig
+from fathom.config import ModelConfig
+from fathom.convert.run_folder import CONFIG, CheckpointError, load_model, save_model
+from fathom.data.tokenizer import Tokenizer
+from fathom.ffn import FFNS, FFNConfig
+from fathom.generate.engine import tokenizer_of
+from fathom.layers.base import Config, require
+from fathom.model import Decoder, build_model
+from fathom.presets import PRESETS, preset
+from fathom.settings import ConfigError, override, parse, read_toml, refresh, to_data
+from fathom.train.config import with_preset
+
+C = TypeVar("C", bound=Config)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def build(
+    model: str | Path | ModelConfig,
+    *assignments: str,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    **changes: object,
+) -> Decoder:
+    """A model with random weights.
+
+    ``fathom.build("deepseek-v2-lite", "groups.0.count=2", vocab_size=4096)``
+
+    Args:
+        model: a preset, a config, or the path of a TOML file, a run or a checkpoint folder (for its
+            config).
+        assignments: ``key=value`` overrides with dotted keys, as on the command line.
+        seed: of the weights.
+        changes: top-level keys of :class:`ModelConfig`.
+
+    Raises:
+        ConfigError: no such model, or an override that cannot be.
+    """
+    cfg = resolve(model, assignments, changes)
+    return build_model(cfg, seed=seed, device=device, dtype=as_dtype(dtype))
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Decoder:
+    """The model of a run folder (its newest whole checkpoint) or of one checkpoint folder.
+
+    Its tokenizer comes along as ``model.tokenizer``, where :class:`Engine` and ``save`` find it.
+
+    Args:
+        dtype: of the weights; None: as stored.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or not one of ours.
+    """
+    path = Path(path)
+    _refuse_what_is_not_ours(path)
+    wanted = None if dtype is None else as_dtype(dtype)
+    model, tokenizer = load_model(path, device=device, dtype=wanted)
+    object.__setattr__(model, "tokenizer", tokenizer)  # nn.Module types its own setter narrowly
+    return model
+
+
+def save(
+    model: Decoder,
+    out: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    format: str = "fathom",
+) -> None:
+    """Write a model as a new folder that ``load`` reads.
+
+    Args:
+        tokenizer: None: the one that came with the model, or the bundled one of its size.
+        format: only ``fathom`` so far.
+
+    Raises:
+        ValueError: ``out`` is there already, no tokenizer is known, or another format is asked for.
+    """
+    require(format == "fathom", f"format must be 'fathom', got {format!r}: no other is written yet")
+    tokenizer = tokenizer or tokenizer_of(model)
+    if tokenizer is None:
+        raise ValueError(
+            f"no tokenizer of {model.cfg.vocab_size} ids came with this model: pass tokenizer="
+        )
+    save_model(model, tokenizer, Path(out))
+
+
+def size(
+    model: str | Path | ModelConfig, *, seq_len: int | None = None, cache_dtype: str = "bfloat16"
+) -> sizing.Size:
+    """:func:`fathom.sizing.size` of a preset, a config, or whatever else ``build`` takes."""
+    return sizing.size(resolve(model), seq_len=seq_len, cache_dtype=cache_dtype)
+
+
+def resolve(
+    model: str | Path | ModelConfig,
+    assignments: Sequence[str] = (),
+    changes: Mapping[str, object] | None = None,
+) -> ModelConfig:
+    """The config that a name, path or config means, with changes on top; see :func:`build`."""
+    cfg = model if isinstance(model, ModelConfig) else _named(model)
+    if not assignments and not changes:
+        return cfg
+    plain = {key: _plain(value) for key, value in (changes or {}).items()}
+    keys = [text.strip().removeprefix("--").removeprefix("model.") for text in assignments]
+    return parse(ModelConfig, override({**to_data(cfg), **plain}, keys))
+
+
+def _named(model: str | Path) -> ModelConfig:
+    path = Path(model)
+    if str(model) in PRESETS or not path.exists():
+        if isinstance(model, Path) or path.suffix == ".toml" or len(path.parts) > 1:
+            raise ConfigError(f"there is no {path}: give a preset, a config or a run folder")
+        return preset(model)
+    _refuse_what_is_not_ours(path)
+    data = read_toml(_config_file(path) if path.is_dir() else path)
+    return parse(ModelConfig, with_preset(data)["model"] if "model" in data else data)
+
+
+def _config_file(folder: Path) -> Path:
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is neither a run folder nor a checkpoint: no {CONFIG}")
+    return folder / CONFIG
+
+
+def _refuse_what_is_not_ours(path: Path) -> None:
+    if path.is_file() and path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise CheckpointError(
+            f"{path} is a pickle, which can run code when it is read: give a run folder, or a "
+            "checkpoint folder with safetensors"
+        )
+    if (path / "config.json").is_file() and not (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"{path} is a Hugging Face checkpoint: this version reads only its own folders, those "
+            "that fathom train and fathom.save write"
+        )
+
+
+def _plain(value: object) -> object:
+    """A config class as plain data; tuples of them too."""
+    if dataclasses.is_dataclass(value):
+        return to_data(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of that name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def register_attention(name: str, config: type[AttentionConfig]) -> None:
+    """Make ``kind = "<name>"`` of an attention mean ``config``, in every config file from now on.
+
+    Raises:
+        ValueError: the class does not fit, or the name is taken by another one.
+    """
+    _register(ATTENTION, "attention", AttentionConfig, name, config)
+
+
+def register_ffn(name: str, config: type[FFNConfig]) -> None:
+    """The same for an FFN."""
+    _register(FFNS, "ffn", FFNConfig, name, config)
+
+
+def _register(
+    table: dict[str, type[C]], what: str, base: type[C], name: str, config: type[C]
+) -> None:
+    label = getattr(config, "__qualname__", repr(config))
+    require(
+        isinstance(config, type) and issubclass(config, base) and dataclasses.is_dataclass(config),
+        f"{label} cannot be an {what}: it must be a frozen dataclass derived from {base.__name__}",
+    )
+    require(
+        getattr(config, "kind", None) == name,
+        f'{label} needs the field  kind: Literal["{name}"] = "{name}"  to be registered so: '
+        "configs pick the class by it",
+    )
+    missing = sorted(getattr(config, "__abstractmethods__", ()))
+    require(not missing, f"{label} lacks {', '.join(missing)}: see {base.__name__}")
+    taken = table.get(name, config)
+    same = (taken.__module__, taken.__qualname__) == (config.__module__, config.__qualname__)
+    require(same, f"{what} {name!r} is already {taken.__qualname__}: choose another name")
+    table[name] = config
+    refresh()

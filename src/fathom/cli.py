@@ -1,0 +1,557 @@
+"""The verbs: parse, call, print. What a verb needs it imports itself, so ``--help`` is quick."""
+
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fathom import __version__, console
+
+if TYPE_CHECKING:
+    from fathom.data.tokenizer import Tokenizer
+    from fathom.model import Decoder
+
+
+class Format(StrEnum):
+    human = "human"
+    json = "json"
+
+
+def _import(paths: list[Path] | None) -> list[Path] | None:
+    for path in paths or ():
+        console.import_file(path)
+    return paths
+
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A config key; also KEY=VALUE or --KEY VALUE."),
+]
+Imports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--import", metavar="FILE.py", callback=_import, help="Your own parts to register."
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The folder to write.")]
+Form = Annotated[Format, typer.Option("--format", help="For people or for programs.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the weights; as stored if not given.")]
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="DIR", help="A prepared corpus, or bundled.")
+]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Context in tokens.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, checkpoint or preset.")]
+
+app = typer.Typer(
+    name="fathom",
+    help="From Llama to DeepSeek, one measured step at a time.\n\nBegin with: fathom ladder demo",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(
+    help="Prepare and look at training text.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command line; ``--debug`` anywhere shows the stack of an error.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad usage or config, 3 bad data or checkpoint, 4 stopped
+        by a guard, 75 stopped and saved (run it again), 130 stopped by Ctrl-C.
+    """
+    return console.guarded(app, sys.argv[1:] if args is None else args)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(cls=console.VerbWithSettings)
+def ladder(
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="A built-in study or TOML.")
+    ] = "demo",
+    out: Out = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, stop.")] = False,
+    list_them: Annotated[bool, typer.Option("--list", help="List the built-in studies.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Train this arm and no others.")] = None,
+    add_seeds: Annotated[int, typer.Option(help="Train so many more seeds of every arm.")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side; 0: in this process.")] = None,
+    settings: Settings = None,
+    imports: Imports = None,
+) -> None:
+    """Train every arm of a study at an equal budget, and write the report.
+
+    Goes on by itself from its folder after a stop.
+
+    \b
+    Example:
+      fathom ladder demo --out runs/demo
+      fathom ladder my-study.toml --dry-run budget.value=2e5
+    """
+    from fathom.ladder.study import list_studies, load_study
+
+    if list_them:
+        console.show_table([("study", "title"), *list_studies()])
+        return
+    from fathom.ladder.run import run_ladder
+    from fathom.ladder.watch import reporter
+
+    loaded = load_study(study, settings or ())
+    result = run_ladder(
+        loaded,
+        out or Path("runs") / loaded.name,
+        dry_run=dry_run,
+        only=only or (),
+        add_seeds=add_seeds,
+        jobs=jobs,
+        reporter=reporter(),
+    )
+    _end(result.message, result.exit_code)
+
+
+def _end(message: str, code: int) -> None:
+    """The last line of a long verb."""
+    typer.echo(message, err=code != 0)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A ladder's folder.")],
+) -> None:
+    """Draw report.html again from a ladder's folder.
+
+    \b
+    Example:
+      fathom report runs/demo
+    """
+    from fathom.ladder.report import write_report
+
+    typer.echo(write_report(folder))
+
+
+@app.command(cls=console.VerbWithSettings)
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A run's TOML, or a run folder.")
+    ] = None,
+    out: Out = None,
+    size: Annotated[
+        str | None, typer.Option(help="A preset or size such as llama-35m: model.preset=SIZE.")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Refuse what may differ from run to run.")
+    ] = False,
+    settings: Settings = None,
+    imports: Imports = None,
+) -> None:
+    """Train a model; goes on by itself from its run folder.
+
+    \b
+    Example:
+      fathom train configs/tiny.toml --out runs/tiny
+      fathom train --size llama-5m train.steps=200 --train.lr 2e-3
+    """
+    from fathom.train.config import read_run_config
+    from fathom.train.loop import train as run
+    from fathom.train.progress import reporter
+
+    keys = [*(settings or ())]
+    keys += [f"model.preset={size}"] if size else []
+    keys += ["train.deterministic=true"] if deterministic else []
+    folder = config if config is not None and config.is_dir() else None
+    source = {} if config is None else config / "config.toml" if folder else config
+    cfg = read_run_config(source, keys)
+    default = folder or Path("runs") / (config.stem if config else size or "train")
+    result = run(cfg, out or default, reporter=reporter(cfg.train.log_every), sample=_sample)
+    _end(result.message, result.exit_code)
+
+
+def _sample(model: "Decoder", tokenizer: "Tokenizer") -> str:
+    """What a model in training writes by itself."""
+    from fathom.generate import Engine
+
+    length = min(64, model.cfg.max_seq_len - 1)
+    (result,) = Engine(model, tokenizer).generate([""], max_new_tokens=length, temperature=0.8)
+    return result.text
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Run folders.")],
+    form: Form = Format.human,
+) -> None:
+    """A verdict on runs that exist: several seeds of one config against those of another.
+
+    \b
+    Example:
+      fathom compare runs/gqa-1 runs/gqa-2 runs/gqa-3 runs/mla-1 runs/mla-2 runs/mla-3
+    """
+    from fathom.ladder.compare import compare_runs
+
+    result = compare_runs(runs)
+    console.show_json(result)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Of the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the likeliest up to p in sum.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Of those this share as likely.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws, and of a preset's weights.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string.")] = None,
+    symbols: Annotated[bool, typer.Option("--symbols", help="Image ids too.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    form: Form = Format.human,
+    imports: Imports = None,
+) -> None:
+    """Continue a prompt with a trained model (or with a preset's random weights).
+
+    \b
+    Example:
+      fathom generate runs/tiny --prompt "It is a truth" --temperature 0.8
+    """
+    from fathom.generate import Engine
+    from fathom.targets import is_preset, open_model, pick
+
+    built = open_model(model, device=pick(device), dtype=dtype, seed=seed)
+    if is_preset(model):
+        typer.echo(f"{model} is a preset: its weights are random", err=True)
+    prompts = prompt or [""]
+    live = form is Format.human and len(prompts) == 1
+    if live:
+        typer.echo(console.clean(prompts[0]), nl=False)
+    results = Engine(built).generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=stop or (),
+        symbols=symbols,
+        stream=(lambda _, piece: _piece(piece)) if live else None,
+    )
+    if form is Format.json:
+        pairs = zip(prompts, results, strict=True)
+        console.show_json([{"prompt": text, **asdict(result)} for text, result in pairs])
+        return
+    for text, result in zip(prompts, results, strict=True):
+        if not live:
+            typer.echo(console.clean(text + result.text), nl=False)
+        typer.echo("" if result.text else f" [no text: {REASONS[result.finish_reason]}]")
+
+
+REASONS = {
+    "eos": "the first token ended it",
+    "stop": "it began with a stop string",
+    "length": "its tokens hold none",
+}
+
+
+def _piece(text: str) -> None:
+    typer.echo(console.clean(text), nl=False)
+    sys.stdout.flush()
+
+
+@app.command(cls=console.VerbWithSettings)
+def size(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, config or run folder.")],
+    seq_len: SeqLen = None,
+    cache_dtype: Annotated[str, typer.Option(help="Of the cache and of the weights.")] = "bfloat16",
+    form: Form = Format.human,
+    settings: Settings = None,
+    imports: Imports = None,
+) -> None:
+    """Parameters, FLOPs, cache, memory and the reach of RoPE, from the config alone.
+
+    \b
+    Example:
+      fathom size deepseek-v3 --seq-len 131072
+      fathom size llama-3-8b groups.0.attention.n_kv_heads=32
+    """
+    from fathom.api import resolve
+    from fathom.sizing import size as sizes
+
+    result = sizes(resolve(model, settings or ()), seq_len=seq_len, cache_dtype=cache_dtype)
+    if form is Format.json:
+        console.show_json(result)
+    else:
+        console.show_pairs(console.size_lines(result))
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A preset or a size.")] = None,
+    form: Form = Format.human,
+) -> None:
+    """List the presets, or print one with every value.
+
+    \b
+    Example:
+      fathom presets
+      fathom presets deepseek-150m
+    """
+    from fathom.presets import PRESETS, preset
+    from fathom.settings import to_data, to_toml
+    from fathom.sizing import size as sizes
+
+    if name is not None:
+        cfg = preset(name)
+        console.show_json(to_data(cfg)) if form is Format.json else typer.echo(to_toml(cfg))
+        return
+    found = {each: sizes(preset(each), seq_len=1) for each in PRESETS}
+    if form is Format.json:
+        console.show_json([{"name": each, **one} for each, one in found.items()])
+        return
+    head = ("preset", "parameters", "active", "layers", "cache bytes/token")
+    rows = [
+        (
+            each,
+            f"{s['params']:,}",
+            f"{s['active_params']:,}",
+            s["layers"],
+            f"{s['cache_bytes_per_token']:,}",
+        )
+        for each, s in found.items()
+    ]
+    console.show_table([head, *rows])
+    typer.echo("Any size on the dial works too: llama-35m, deepseek-1.5b.")
+
+
+@app.command(cls=console.VerbWithSettings)
+def config(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A run's TOML to resolve.")
+    ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Every key, its type and default.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema, for editors.")] = False,
+    settings: Settings = None,
+    imports: Imports = None,
+) -> None:
+    """Print a run's config with every value resolved; or every key there is.
+
+    \b
+    Example:
+      fathom config configs/tiny.toml train.lr=2e-3
+      fathom config --keys
+    """
+    from fathom import settings as mechanism
+    from fathom.train.config import RunConfig, read_run_config
+
+    if keys:
+        console.show_table([("key", "type", "default"), *mechanism.keys(RunConfig)])
+    elif schema:
+        console.show_json(mechanism.json_schema(RunConfig))
+    else:
+        typer.echo(mechanism.to_toml(read_run_config(source or {}, settings or ())))
+
+
+@data_app.command()
+def prepare(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help=".txt .md .jsonl .parquet or folders.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A byte-level tokenizer.json; trained if not given.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Ids of a trained tokenizer.")] = 4096,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Tokenize your own text into a folder that fathom train reads.
+
+    \b
+    Example:
+      fathom data prepare notes.txt books/ --out data/mine
+    """
+    from fathom.data.assemble import describe
+    from fathom.data.prepare import prepare as run
+
+    bar = console.Progress()
+    statistics = run(
+        sources, out, tokenizer=tokenizer, vocab_size=vocab_size, force=force, progress=bar
+    )
+    bar.close()
+    typer.echo(describe(statistics))
+
+
+@data_app.command()
+def peek(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="bundled, a prepared folder, a run or its TOML.")
+    ] = "bundled",
+    batch: Annotated[int, typer.Option(help="Which batch, from 0.")] = 0,
+    rows: Annotated[int | None, typer.Option(help="Rows of a batch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the data.")] = None,
+    seq_len: SeqLen = None,
+) -> None:
+    """Show what a batch holds, document by document.
+
+    \b
+    Example:
+      fathom data peek configs/tiny.toml --batch 7
+    """
+    from fathom.data.dataset import open_dataset
+    from fathom.data.peek import peek as run
+    from fathom.targets import batches_of
+
+    cfg, planned_rows, planned_seed = batches_of(source, seq_len)
+    text = run(
+        open_dataset(cfg),
+        cfg,
+        batch,
+        seed=planned_seed if seed is None else seed,
+        batch_size=rows or planned_rows,
+    )
+    typer.echo(console.clean(text))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data = None,
+    seq_len: SeqLen = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Read so much of each domain.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    form: Form = Format.human,
+    imports: Imports = None,
+) -> None:
+    """Held-out bits per byte of a model, by domain.
+
+    \b
+    Example:
+      fathom eval runs/tiny --data data/mine
+    """
+    from fathom.targets import open_data, open_model, pick
+    from fathom.train.evaluate import evaluate as run
+
+    built = open_model(model, device=pick(device), dtype=dtype)
+    dataset, cfg = open_data(model, built, data)
+    result = run(built, dataset, seq_len=seq_len or cfg.seq_len, max_bytes=max_bytes)
+    found = {"val_bpb": result.mean, "by_domain": result.by_domain, "symbols": result.symbols}
+    if form is Format.json:
+        console.show_json({"model": model, "data": cfg.source, **found})
+        return
+    rows = [(name, f"{bits:.4f}", "bits per byte") for name, bits in result.by_domain.items()]
+    rows += [(name, f"{bits:.4f}", "bits per symbol") for name, bits in result.symbols.items()]
+    mean = [] if result.mean is None else [("mean", f"{result.mean:.4f}", "bits per byte")]
+    console.show_table([("domain", "loss", "unit"), *rows, *mean])
+
+
+@app.command()
+def probe(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A probe; none: list.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A run or preset.")] = None,
+    data: Data = None,
+    seq_len: SeqLen = None,
+    seed: Annotated[int, typer.Option(help="Of what the probe draws.")] = 0,
+    device: Device = "auto",
+    imports: Imports = None,
+) -> None:
+    """Measure one property of a trained model; prints JSON.
+
+    \b
+    Example:
+      fathom probe
+      fathom probe reach runs/tiny
+    """
+    from fathom.probes import PROBES, Context
+    from fathom.targets import open_data, open_model, pick
+
+    if name is None or model is None:
+        console.show_table(
+            [("probe", "what it measures"), *((n, p.about) for n, p in PROBES.items())]
+        )
+        return
+    if name not in PROBES:
+        raise ValueError(f"no probe is called {name!r}: choose from {', '.join(PROBES)}")
+    built = open_model(model, device=pick(device))
+    dataset, cfg = open_data(model, built, data)
+    context = Context(seq_len=seq_len or cfg.seq_len, seed=seed)
+    console.show_json(
+        {"probe": name, "model": model, "result": PROBES[name].run(built, dataset, context)}
+    )
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look.")] = Path("runs"),
+    form: Form = Format.human,
+) -> None:
+    """The runs in a folder: how far each is, its loss, its held-out bits per byte.
+
+    \b
+    Example:
+      fathom runs runs/demo
+    """
+    from fathom.train.metrics import read_lines
+
+    found = []
+    for path in sorted(folder.rglob("metrics.jsonl")):
+        steps, evaluations = read_lines(path), read_lines(path.with_name("eval.jsonl"))
+        last = steps[-1] if steps else {}
+        bpb = evaluations[-1]["val_bpb"] if evaluations else None
+        figures = {key: last.get(key) for key in ("step", "tokens", "loss")}
+        found.append({"run": str(path.parent), **figures, "val_bpb": bpb})
+    if form is Format.json:
+        console.show_json(found)
+    elif not found:
+        typer.echo(f"no runs in {folder}")
+    else:
+        rows = [[console.brief(value) for value in run.values()] for run in found]
+        console.show_table([list(found[0]), *rows])
+
+
+@app.command()
+def env(
+    ops: Annotated[bool, typer.Option("--ops", help="Which implementation runs, and why.")] = False,
+    form: Form = Format.human,
+) -> None:
+    """Versions, device and threads, for bug reports.
+
+    \b
+    Example:
+      fathom env --ops
+    """
+    from fathom.ops import table
+    from fathom.targets import pick
+    from fathom.train.device import environment
+
+    found = {**environment(pick("auto")), **console.versions()}
+    rows = [row._asdict() for row in table()] if ops else []
+    if form is Format.json:
+        console.show_json({**found, **({"ops": rows} if ops else {})})
+        return
+    console.show_pairs(found)
+    if ops:
+        typer.echo()
+        console.show_table([list(rows[0]), *(list(row.values()) for row in rows)])
