@@ -1,14 +1,17 @@
 """The named models: published shapes to the last parameter, and a dial that keeps its rules."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 
 from fathom.attention import MHAConfig, MLAConfig
 from fathom.config import ModelConfig
 from fathom.ffn import DenseConfig, MoEConfig
 from fathom.layers.rope import Llama3Scaling, YarnScaling
+from fathom.model import build_model
 from fathom.presets import PRESETS, preset, sized
 from fathom.settings import ConfigError, parse, to_data
 from fathom.sizing.count import flops_per_token, num_mtp_params, num_params
@@ -26,6 +29,25 @@ PUBLISHED = {
     "moonlight-16b-a3b": (15_960_108_544, 27, 8192, 1e-5, 15_552),
     "kimi-k2": (1_026_408_209_408, 61, 131072, 1e-6, 35_136),
 }
+
+
+def shrunken(cfg: ModelConfig) -> ModelConfig:
+    """The same parts with small numbers: groups, ratios and switches stay."""
+    data = to_data(cfg) | {"vocab_size": 64, "dim": 32, "max_seq_len": 32}
+    for group in data["groups"]:
+        group["count"] = 1
+        attention, ffn = group["attention"], group["ffn"]
+        if attention["kind"] == "mha":
+            share = attention["n_heads"] // attention["n_kv_heads"]
+            attention |= {"n_heads": 2 * share, "n_kv_heads": 2, "head_dim": 8}
+        else:
+            attention |= {"n_heads": 2, "kv_lora_rank": 16, "v_head_dim": 8}
+            attention |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+            attention |= {"q_lora_rank": 12} if "q_lora_rank" in attention else {}
+        ffn["inter_dim"] = 16
+        if ffn["kind"] == "moe":
+            ffn |= {"n_routed_experts": 4 * ffn["n_expert_groups"], "top_k": 3}
+    return parse(ModelConfig, data)
 
 
 def attention_of(cfg: ModelConfig) -> MHAConfig | MLAConfig:
@@ -56,6 +78,20 @@ def test_a_published_shape_has_its_published_size(name: str) -> None:
 def test_every_preset_survives_being_written_and_read(name: str) -> None:
     cfg = preset(name)
     assert parse(ModelConfig, to_data(cfg)) == cfg
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs_shrunken_forward_and_backward(name: str) -> None:
+    cfg = shrunken(preset(name))
+    model = build_model(cfg, seed=0)
+    tokens_BT = torch.arange(24).view(2, 12)
+    losses = model.loss(tokens_BT, tokens_BT.roll(-1, dims=1))
+    losses.total.backward()
+    assert losses.main.item() == pytest.approx(math.log(64), rel=0.1)
+    assert (losses.mtp.item() > 0) == (cfg.mtp is not None)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
 
 
 def test_rope_bases_and_scalings_are_the_published_ones() -> None:

@@ -130,6 +130,8 @@ def test_what_is_not_ours_is_refused_with_a_sentence(tmp_path: Path) -> None:
         fathom.load(tmp_path / "old.pt")
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run folder"):
         fathom.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is a preset, which has no weights"):
+        fathom.load("deepseek-v2-lite")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="nor a checkpoint: no config"):
         fathom.size(tmp_path / "empty")

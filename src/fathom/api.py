@@ -71,6 +71,8 @@ def load(
     Raises:
         CheckpointError: there is none, or it is damaged, or not one of ours.
     """
+    if str(path) in PRESETS and not Path(path).exists():
+        raise CheckpointError(f"{path} is a preset, which has no weights: use fathom.build")
     path = Path(path)
     _refuse_what_is_not_ours(path)
     wanted = None if dtype is None else as_dtype(dtype)
