@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +27,7 @@ from fathom.config import ModelConfig
 from fathom.data.shards import sync
 from fathom.data.tokenizer import Tokenizer
 from fathom.model import Decoder
-from fathom.settings import ConfigError, parse, read_toml, to_toml
+from fathom.settings import ConfigError, parse, read_toml, to_data
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
@@ -51,7 +52,7 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
     A folder already at ``final`` is replaced. If the block fails, nothing is left of it.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+    folder = _temporary(final)
     folder.mkdir()
     try:
         yield folder
@@ -65,7 +66,7 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
 def seal(folder: Path) -> None:
     """Sync every file, and write the manifest that lists them with sizes and hashes."""
     files = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if path.name != MANIFEST):
         sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / MANIFEST, {"format": FORMAT, "world": 1, "files": files})
@@ -75,12 +76,21 @@ def seal(folder: Path) -> None:
 
 def commit(folder: Path, final: Path) -> None:
     """Rename a sealed folder into place and sync the parent."""
-    replaced = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
     if final.exists():
-        os.rename(final, replaced)
+        remove(final)
     os.rename(folder, final)
     sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, which has lost its name before its first file goes."""
+    nameless = _temporary(folder)
+    os.rename(folder, nameless)
+    shutil.rmtree(nameless)
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
 
 
 def sweep(run: Path) -> None:
@@ -95,7 +105,7 @@ def prune(run: Path, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints of a run."""
     assert keep >= 2
     for folder in committed(run)[:-keep]:
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -119,7 +129,8 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} is there already: name another folder")
     with new_checkpoint(out) as folder:
-        write_model(folder, model, tokenizer, f"[model]\n{to_toml(model.cfg)}")
+        config = tomli_w.dumps({"model": to_data(model.cfg)})
+        write_model(folder, model, tokenizer, config)
 
 
 def write_model(folder: Path, model: Decoder, tokenizer: Tokenizer, config: str) -> None:
@@ -218,11 +229,14 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, too large, or not a JSON object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MB")
-        data = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MB")
+    try:
+        data = json.loads(content)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it is not JSON") from None
     if not isinstance(data, dict):

@@ -77,9 +77,9 @@ def compile_blocks(
     they were and ``notice`` is told why.
     """
     blocks = [*model.blocks, *(module.block for module in model.mtp)]
-    for block in blocks:
-        block.compile()
     try:
+        for block in blocks:
+            block.compile()
         warm_up()
         return True
     except Exception as error:
