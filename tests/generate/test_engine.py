@@ -1,6 +1,6 @@
 """The engine against plain full forwards, and what ends, bars and streams a text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -230,3 +230,15 @@ def test_generating_leaves_no_gradient_and_no_change() -> None:
     for name, p in model.named_parameters():
         assert p.grad is None
         assert torch.equal(p, before[name])
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_what_the_cpu_writes() -> None:
+    for name in ("tiny-gqa", "tiny-deepseek"):
+        model = build_model(replace(preset(name), init_std=0.1), seed=4)
+        ask = {"max_new_tokens": 12, "stop": ["e"]}
+        prompts = ["A word", "", "the end of the"]
+        on_cpu = Engine(model).generate(prompts, **ask)
+        assert Engine(model.cuda()).generate(prompts, **ask) == on_cpu
+        drawn = Engine(model).generate(prompts, temperature=1.0, seed=1, **ask)
+        assert Engine(model).generate(prompts, temperature=1.0, seed=1, **ask) == drawn
