@@ -171,7 +171,7 @@ def train(
     \b
     Example:
       fathom train configs/tiny.toml --out runs/tiny
-      fathom train --size llama-5m train.steps=200 --train.lr 2e-3
+      fathom train --size llama-5m data.tokenizer=4k train.steps=200 --train.lr 2e-3
     """
     from fathom.train.config import read_run_config
     from fathom.train.loop import train as run
@@ -319,13 +319,16 @@ def presets(
       fathom presets
       fathom presets deepseek-150m
     """
+    import tomli_w
+
     from fathom.presets import PRESETS, preset
-    from fathom.settings import to_data, to_toml
+    from fathom.settings import to_data
     from fathom.sizing import size as sizes
 
     if name is not None:
         cfg = preset(name)
-        console.show_json(to_data(cfg)) if form is Format.json else typer.echo(to_toml(cfg))
+        data = {"model": to_data(cfg)}
+        console.show_json(data) if form is Format.json else typer.echo(tomli_w.dumps(data))
         return
     found = {each: sizes(preset(each), seq_len=1) for each in PRESETS}
     if form is Format.json:
@@ -367,7 +370,9 @@ def config(
     from fathom.train.config import RunConfig, read_run_config
 
     if keys:
-        console.show_table([("key", "type", "default"), *mechanism.keys(RunConfig)])
+        typer.echo("model.preset = none  # name of a preset to start from")
+        for key, kind, default in mechanism.keys(RunConfig):
+            typer.echo(f"{key} = {default}  # {kind}")
     elif schema:
         console.show_json(mechanism.json_schema(RunConfig))
     else:

@@ -31,6 +31,7 @@ class VerbWithSettings(TyperCommand):
     """A verb that takes config keys: ``key=value``, ``--train.steps 5`` and ``--set key=value``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write the settings as the options that click knows, then parse as ever."""
         valued = {
             name
             for param in self.params
