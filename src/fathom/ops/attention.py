@@ -114,7 +114,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     A blind query is made to see everything, so that no kernel divides by zero; whoever calls this
     multiplies the output by ``sees``.
     """
-    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
     if mask.dtype == torch.bool:
         sees = mask.any(dim=-1, keepdim=True)
         bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)

@@ -167,8 +167,7 @@ def _chunk(
     return (losses_M * valid_M).sum(), dx_MD, dw_VD
 
 
-@op("linear_cross_entropy", fake=_fake_sum, flops=_flops, setup=_setup, backward=_backward)
-def _linear_cross_entropy(
+def loss_and_gradients(
     x_ND: Tensor,
     w_VD: Tensor,
     targets_N: Tensor,
@@ -180,14 +179,18 @@ def _linear_cross_entropy(
     """The loss and both gradients, of no elements where they are not needed."""
     rows = rows_per_chunk(x_ND, w_VD, max_bytes)
     valid_N = targets_N != ignore_index
-    targets_N = targets_N.where(valid_N, 0)
+    rows_of = (t.split(rows) for t in (x_ND, targets_N.where(valid_N, 0), valid_N))
     loss, dx_parts, dw_VD = x_ND.new_zeros((), dtype=wide(x_ND.dtype)), [], None
-    for a in range(0, max(x_ND.shape[0], 1), rows):
-        m = slice(a, a + rows)
-        part, dx_MD, dw_part = _chunk(x_ND[m], w_VD, targets_N[m], valid_N[m], need_dx, need_dw)
+    for x_MD, targets_M, valid_M in zip(*rows_of, strict=True):
+        part, dx_MD, part_VD = _chunk(x_MD, w_VD, targets_M, valid_M, need_dx, need_dw)
         loss += part
         dx_parts.append(dx_MD)
-        if dw_part is not None:
-            dw_VD = dw_part if dw_VD is None else dw_VD.to(wide(w_VD.dtype)).add_(dw_part)
+        if part_VD is not None:
+            dw_VD = part_VD if dw_VD is None else dw_VD.to(wide(w_VD.dtype)).add_(part_VD)
     dx_ND = torch.cat(dx_parts) if need_dx else x_ND.new_empty(0)
     return loss, dx_ND, w_VD.new_empty(0) if dw_VD is None else dw_VD.to(w_VD.dtype)
+
+
+_linear_cross_entropy = op(
+    "linear_cross_entropy", fake=_fake_sum, flops=_flops, setup=_setup, backward=_backward
+)(loss_and_gradients)
