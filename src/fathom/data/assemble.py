@@ -147,6 +147,12 @@ def describe(statistics: dict[str, Any]) -> str:
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
     if statistics.get("duplicates"):
         lines.append(f"{statistics['duplicates']:,} exact duplicates dropped")
+    for name, made in statistics.get("made", {}).items():
+        lines.append(
+            f"{name}: dropped {made['near_duplicates']:,} near copies and {made['half_seen']:,} "
+            f"held-out documents known from training; {made['residual_overlap']:.1%} of held-out "
+            "13-word windows are still in training"
+        )
     left_out = statistics.get("left_out", {"counts": {}})
     for kind, count in left_out["counts"].items():
         names = ", ".join(map(printable, left_out["examples"][kind]))

@@ -77,6 +77,11 @@ def encode_images(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterat
         yield Encoded(document.id, ids, len(document.text))
 
 
+def cache_folder() -> Path:
+    """Where prepared and fetched data are kept: ``$XDG_CACHE_HOME/fathom``, ``~/.cache/fathom``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
+
+
 def bundled_folder(tokenizer: str) -> Path:
     """The bundled corpus under the ``"1k"`` or ``"4k"`` vocabulary, made on first use.
 
@@ -85,8 +90,7 @@ def bundled_folder(tokenizer: str) -> Path:
     is then a temporary one of this process.
     """
     name = f"bundled-{tokenizer}-{_content_hash(tokenizer)}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
-    folder = cache / name
+    folder = cache_folder() / name
     if (folder / "meta.json").is_file():
         return folder
     try:

