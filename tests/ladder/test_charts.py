@@ -159,3 +159,30 @@ def test_every_spec_names_its_colours_and_gives_no_other(tmp_path):
             name: light for name, (light, _) in charts.COLOURS.items()
         }
         assert "#" not in json.dumps(spec)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def mixed(over: str, under: str, share: float) -> str:
+    pairs = [(int(over[i : i + 2], 16), int(under[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a * share + b * (1 - share)):02x}" for a, b in pairs)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_has_the_contrast_of_wcag_aa_in_both_themes(theme):
+    colours = {name: pair[theme] for name, pair in charts.COLOURS.items()}
+    for text in ("ink", "muted", "accent", "worse"):
+        assert contrast(colours[text], colours["page"]) >= 4.5
+    assert contrast(colours["faint"], colours["page"]) >= 3  # marks and the borders of controls
+    for tint in ("accent", "worse"):  # a fully shaded cell of the domain table
+        assert contrast(colours["ink"], mixed(colours[tint], colours["page"], 0.34)) >= 4.5
+    assert contrast(colours["ink"], colours["panel"]) >= 4.5

@@ -67,6 +67,12 @@ def test_curves_are_sorted_and_lose_what_is_no_point(tmp_path):
     assert (curve.tokens, curve.bpb) == ((100, 300), (3.0, 1.0))
 
 
+def test_a_sweep_keeps_its_points_and_loses_the_rest(tmp_path):
+    swept = {"a": {"points": [[0.001, 2.5], [0.01, None], 7, [0.1]], "note": "n"}, "b": {}, "c": 1}
+    found = study(tmp_path, {"name": "a"}, lr={"chosen": "swept", "sweep": swept})
+    assert found.sweep == {"a": ((0.001, 2.5),)}
+
+
 def test_an_unknown_verdict_is_unsure(tmp_path):
     found = study(tmp_path, {"name": "a", "verdict": {"verdict": "great", "delta_bpb": -1}}).arms
     assert found[0].verdict is not None

@@ -17,7 +17,7 @@ COLOURS: dict[str, tuple[str, str]] = {  # name: light, dark
     "page": ("#ffffff", "#121517"),
     "panel": ("#f4f6f8", "#1c2024"),
     "line": ("#dfe4e8", "#2c3338"),
-    "faint": ("#a3aeb7", "#65717b"),
+    "faint": ("#86929c", "#6b7781"),
     "muted": ("#57626c", "#9ba7b0"),
     "ink": ("#1b2025", "#e4e8eb"),
     "accent": ("#0a5fb4", "#6fb3f2"),

@@ -34,6 +34,12 @@ def learning(study: Study) -> Spec | None:
     )
 
 
+def sweep(study: Study) -> Spec | None:
+    """Held-out loss by learning rate, of the arms that were swept."""
+    said = "Line chart: held-out bits per byte of each arm by learning rate."
+    return lines(study, study.sweep, said, x="learning rate", y="bits per byte")
+
+
 def front(study: Study, names: Sequence[str]) -> str:
     """The arm that a line chart shows in front at first: the best of those it has."""
     best = study.best.name if study.best else ""

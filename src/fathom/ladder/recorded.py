@@ -115,6 +115,7 @@ class Study:
     learned: str
     commands: tuple[str, ...]
     lr_note: str
+    sweep: dict[str, tuple[tuple[float, float], ...]]  # arm: learning rates and their losses
     arms: tuple[Arm, ...]
 
     @property
@@ -159,7 +160,7 @@ def read_study(folder: Path) -> Study:
 def _study(data: Mapping[str, object], arms: Sequence[Arm]) -> Study:
     budget, about = table(data.get("budget")), table(data.get("data"))
     hold, value = text(budget.get("hold")), number(budget.get("value"))
-    name = text(data.get("study"), "study")
+    name, sweep = text(data.get("study"), "study"), table(table(data.get("lr")).get("sweep"))
     return Study(
         name=name,
         title=text(data.get("title"), name),
@@ -181,6 +182,7 @@ def _study(data: Mapping[str, object], arms: Sequence[Arm]) -> Study:
         learned=text(table(data.get("learned")).get("sentence")),
         commands=tuple(text(item) for item in items(data.get("commands")) if text(item)),
         lr_note=text(data.get("lr_note")),
+        sweep={arm: points for arm, item in sweep.items() if (points := _points(table(item)))},
         arms=tuple(arms),
     )
 
@@ -257,6 +259,11 @@ def _curves(curves: Iterable[object]) -> Iterable[Curve]:
         if kept:
             tokens, bpb = zip(*kept, strict=True)
             yield Curve(seed=text(curve.get("seed"), "?"), tokens=tokens, bpb=bpb)
+
+
+def _points(data: Mapping[str, object]) -> tuple[tuple[float, float], ...]:
+    pairs = [[number(value) for value in items(point)] for point in items(data.get("points"))]
+    return tuple((a, b) for a, b, *_ in (pair + [None] * 2 for pair in pairs) if a and b)
 
 
 def _setting(value: object) -> str:

@@ -119,6 +119,8 @@ def render(study: Study) -> str:
         ],
         seeds=tables.seed_table(study),
         rates=tables.rate_table(study),
+        sweep=curves.sweep(study),
+        sweep_table=tables.line_table(study.sweep, "Held-out bits per byte by learning rate"),
     )
 
 

@@ -16,14 +16,15 @@
     const style = getComputedStyle(root);
     for (const param of spec.params) {
       param.value = style.getPropertyValue("--" + param.name).trim() || param.value;
-      if (param.name === "chosen" && chosen) param.value = chosen;
+      const drawn = () => spec.data.values.some((line) => line.arm === chosen);
+      if (param.name === "chosen" && drawn()) param.value = chosen;
     }
     if (spec.facet) {
       const room = host.clientWidth - 56; // the first column's axis
       spec.columns = Math.min(5, Math.max(1, Math.floor(room / 130)));
       spec.spec.width = Math.floor(room / spec.columns) - 24;
     } else {
-      spec.config.axis.labelLimit = Math.min(170, host.clientWidth * 0.36);
+      spec.config.axis.labelLimit = Math.min(170, host.clientWidth * 0.42);
       spec.config.legend.columns = host.clientWidth < 400 ? 3 : 0;
     }
     return spec;
