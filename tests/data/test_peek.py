@@ -32,4 +32,8 @@ def test_an_image_is_drawn(bundled):
     shown = peek(bundled, DataConfig(seq_len=66, weights={"image": 1.0}), 0, batch_size=1)
     picture = shown.split("\n")[2:]
     assert [len(line) for line in picture] == [8] * 8
+    cut = peek(bundled, DataConfig(seq_len=14, weights={"image": 1.0}), 0, batch_size=2)
+    lines = cut.split("\n")
+    (second,) = [i for i, line in enumerate(lines) if line.startswith("row 1")]
+    assert lines[second + 2] == " " * 5 + picture[1][5:]  # the first row ended after 13 pixels
     assert set("".join(picture)) <= set(" .:-=+*#%@")

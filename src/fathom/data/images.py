@@ -7,7 +7,7 @@ An image is ``BEGIN, 64 grey levels row by row, END``. Its ids stand after the t
 from collections.abc import Sequence
 
 BEGIN, END = "<|image|>", "<|/image|>"
-LEVELS = 17
+LEVELS, WIDTH = 17, 8
 GREYS = tuple(f"<|grey-{level}|>" for level in range(LEVELS))
 IMAGE_TOKENS = (BEGIN, END, *GREYS)
 DIGITS = "0123456789abcdefg"  # one character a pixel, as the bundled corpus stores images
@@ -19,8 +19,8 @@ def pixels_to_ids(pixels: str, begin_id: int) -> list[int]:
     return [begin_id, *(begin_id + 2 + DIGITS.index(pixel) for pixel in pixels), begin_id + 1]
 
 
-def show_image(levels: Sequence[int], width: int = 8) -> str:
+def show_image(levels: Sequence[int]) -> str:
     """Grey levels 0 to 16, row by row, as lines of characters."""
     shades = [SHADES[level * (len(SHADES) - 1) // (LEVELS - 1)] for level in levels]
-    rows = ["".join(shades[at : at + width]) for at in range(0, len(shades), width)]
+    rows = ["".join(shades[at : at + WIDTH]) for at in range(0, len(shades), WIDTH)]
     return "\n".join(rows)

@@ -3,7 +3,7 @@
 from fathom.data.assemble import printable
 from fathom.data.config import DataConfig
 from fathom.data.dataset import Dataset
-from fathom.data.images import show_image
+from fathom.data.images import WIDTH, show_image
 from fathom.data.loader import Loader
 from fathom.data.stream import Piece
 
@@ -37,6 +37,7 @@ def _content(dataset: Dataset, piece: Piece) -> str:
     tokenizer = dataset.tokenizer
     if dataset.kind(piece.domain) == "symbols":
         first = int(tokenizer.is_symbol.argmax())
-        return show_image([int(i) - first for i in ids if tokenizer.is_symbol[i]])
+        before = [0] * (max(piece.start - 1, 0) % WIDTH)  # keeps the columns of a cut image
+        return show_image(before + [int(i) - first for i in ids if tokenizer.is_symbol[i]])
     text = tokenizer.decode(ids.tolist())
     return "|" + "\n".join(printable(line) for line in text.replace("\t", "    ").split("\n")) + "|"
