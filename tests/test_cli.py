@@ -34,7 +34,7 @@ VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "ladder": "--out --dry-run --list --only --add-seeds --jobs --set --import",
     "report": "",
     "train": "--out --size --deterministic --set --import",
-    "compare": "--format",
+    "compare": "--margin --format --import",
     "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --min-p --seed --stop "
     "--symbols --device --dtype --format --import",
     "size": "--seq-len --cache-dtype --format --set --import",
@@ -64,6 +64,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.toml").write_text(CONFIG)
     assert main(["train", str(folder / "tiny.toml"), "--out", str(folder / "run")]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of someone's own notes, made by the verb itself."""
+    folder = tmp_path_factory.mktemp("notes")
+    words = "so it was and so it will be in the end they said "
+    for number in range(120):
+        text = f"{words} {number} times {words[number % 20 :]}"
+        (folder / f"note-{number}.txt").write_text(text * 3)
+    out = folder / "prepared"
+    ask = ["data", "prepare", str(folder), "--out", str(out), "--vocab-size", "300"]
+    assert main(ask) == 0
+    return out
+
+
+def own_run(prepared: Path) -> list[str]:
+    """Arguments of a one-step run on the prepared notes."""
+    model = ["--size", "tiny-gqa", "model.vocab_size=300", "data.seq_len=16"]
+    steps = ["train.steps=1", "train.tokens_per_step=32"]
+    return [*model, f"data.source={prepared}", *steps]
 
 
 # --- Help ------------------------------------------------------------------------------------
@@ -301,25 +322,20 @@ def test_train_refuses_another_recipe_in_the_same_folder(trained: Path, capsys) 
     assert "train.lr was 0.001 and is 9e-09" in last_line(capsys.readouterr().err)
 
 
-def test_ones_own_text_is_prepared_looked_at_and_trained_on(tmp_path: Path, capsys) -> None:
-    words = "so it was and so it will be in the end they said "
-    for number in range(120):
-        text = f"{words} {number} times {words[number % 20 :]}"
-        (tmp_path / f"note-{number}.txt").write_text(text * 3)
-    out = str(tmp_path / "prepared")
-    ask = ["data", "prepare", str(tmp_path), "--out", out, "--vocab-size", "300"]
-    assert run(*ask) == 0
-    assert "held out" in capsys.readouterr().out
+def test_ones_own_text_is_prepared_and_never_overwritten(prepared: Path, capsys) -> None:
+    ask = ["data", "prepare", str(prepared.parent), "--out", str(prepared), "--vocab-size", "300"]
     assert run(*ask) == 3
     assert "--force" in last_line(capsys.readouterr().err)
-    assert run("data", "peek", out, "--rows", "1", "--seq-len", "24") == 0
+    assert run("data", "peek", str(prepared), "--rows", "1", "--seq-len", "24") == 0
     assert "note-" in capsys.readouterr().out
-    size = ["--size", "tiny-gqa", "model.vocab_size=300", "data.seq_len=16", f"data.source={out}"]
-    steps = ["train.steps=1", "train.tokens_per_step=32"]
-    assert run("train", *size, *steps, "--out", str(tmp_path / "run")) == 0
-    assert run("eval", str(tmp_path / "run"), "--data", "bundled") == 3
+
+
+def test_ones_own_text_is_trained_on_and_continued(prepared: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "run")
+    assert run("train", *own_run(prepared), "--out", out) == 0
+    assert run("eval", out, "--data", "bundled") == 3
     assert "another tokenizer" in last_line(capsys.readouterr().err)
-    assert run("generate", str(tmp_path / "run"), "--max-new-tokens", "3", "--prompt", "so") == 0
+    assert run("generate", out, "--max-new-tokens", "3", "--prompt", "so") == 0
     assert capsys.readouterr().out.startswith("so")
 
 
@@ -367,7 +383,7 @@ def test_eval_measures_each_domain(trained: Path, capsys) -> None:
 
 
 def test_probe_prints_a_record(trained: Path, capsys) -> None:
-    assert run("probe", "routing", str(trained)) == 0
+    assert run("probe", "routing", str(trained), "--seq-len", "256") == 0
     got = json.loads(capsys.readouterr().out)
     assert got["probe"] == "routing"
     assert got["result"]
@@ -380,6 +396,24 @@ def test_runs_lists_what_is_there(trained: Path, capsys) -> None:
     assert got["step"] >= 2
     assert run("runs", str(trained / "checkpoints")) == 0
     assert "no runs in" in capsys.readouterr().out
+
+
+def test_compare_judges_runs_that_exist(prepared: Path, tmp_path: Path, capsys) -> None:
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    assert run("train", *own_run(prepared), "--out", one) == 0
+    assert run("train", *own_run(prepared), "train.lr=1e-4", "--out", other) == 0
+    capsys.readouterr()
+    assert run("compare", one, other) == 0
+    out = capsys.readouterr().out
+    assert "bits per byte, 1 seed\n" in out
+    assert "differs in train.lr" in out
+    assert "unsure" in out
+    assert run("compare", one, other, "--format", "json") == 0
+    first, second = json.loads(capsys.readouterr().out)["arms"]
+    assert first["verdict"] is None
+    assert second["verdict"]["verdict"] == "unsure"
+    assert run("compare", one) == 2
+    assert "compare needs runs of two configs" in last_line(capsys.readouterr().err)
 
 
 def test_size_and_peek_read_a_run_folder(trained: Path, capsys) -> None:

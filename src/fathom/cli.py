@@ -200,9 +200,13 @@ def _sample(model: "Decoder", tokenizer: "Tokenizer") -> str:
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Run folders.")],
+    margin: Annotated[float, typer.Option(help="Bits per byte that count as the same.")] = 0.01,
     form: Form = Format.human,
+    imports: Imports = None,
 ) -> None:
-    """A verdict on runs that exist: several seeds of one config against those of another.
+    """A verdict on runs that exist, against the first one's config.
+
+    Runs of one config with different seeds count as one arm; three seeds or more for a verdict.
 
     \b
     Example:
@@ -210,8 +214,17 @@ def compare(
     """
     from fathom.ladder.compare import compare_runs
 
-    result = compare_runs(runs)
-    console.show_json(result)
+    result = compare_runs(runs, margin=margin)
+    if form is Format.json:
+        console.show_json(result)
+        return
+    for arm in result["arms"]:
+        scores, verdict = arm["val_bpb"], arm["verdict"]
+        spread = f" +- {scores['std']:.4f}" if scores["std"] is not None else ""
+        seeds = f"{scores['n']} seed" + ("s" if scores["n"] != 1 else "")
+        typer.echo(f"{arm['name']}: {scores['mean']:.4f}{spread} bits per byte, {seeds}")
+        if verdict is not None:
+            typer.echo(f"  differs in {', '.join(arm['differs'])}\n  {verdict['sentence']}")
 
 
 @app.command()
