@@ -147,6 +147,14 @@ def test_determinism_is_put_back_even_after_an_error():
     assert seen == [True, False]
 
 
+def test_determinism_that_comes_too_late_is_refused(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="comes too late"), reproducible(True):
+        pass
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_the_environment_is_json_and_has_no_host_name():
     found = environment(torch.device("cpu"))
     text = json.dumps(found)

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,10 +56,19 @@ def pick_device(name: Device) -> torch.device:
 
 @contextmanager
 def reproducible(wanted: bool) -> Iterator[None]:
-    """Within it, torch refuses operations whose result may differ from run to run."""
+    """Within it, torch refuses operations whose result may differ from run to run.
+
+    Raises:
+        ValueError: CUDA runs already, with settings that do not allow this.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        if "CUBLAS_WORKSPACE_CONFIG" not in os.environ and torch.cuda.is_initialized():
+            raise ValueError(
+                "train.deterministic=true comes too late, CUDA is in use already: "
+                "set CUBLAS_WORKSPACE_CONFIG=:4096:8 before"
+            )
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     try:
@@ -78,9 +88,10 @@ def compile_blocks(
     """
     blocks = [*model.blocks, *(module.block for module in model.mtp)]
     try:
-        for block in blocks:
-            block.compile()
-        warm_up()
+        with warnings.catch_warnings(action="ignore"):  # torch's own, of no use to a user
+            for block in blocks:
+                block.compile()
+            warm_up()
         return True
     except Exception as error:
         for block in blocks:

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -103,18 +103,16 @@ def train(
     check_vocabulary(cfg, dataset)
     checkpoint.check_folder(out)
     reporter = reporter or Reporter()
-    device = pick_device(cfg.train.device)
     signals = StopSignals() if should_stop is None else nullcontext(should_stop)
-    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with checkpoint.locked(out), generators, reproducible(cfg.train.deterministic), signals as stop:
+    with checkpoint.locked(out), reproducible(cfg.train.deterministic), signals as stop:
+        device = pick_device(cfg.train.device)
         start = checkpoint.starting_point(out, cfg, reporter.notice)
-        trainer = Trainer(
-            cfg, out, dataset, device=device, reporter=reporter, sample=sample, start=start
-        )
-        try:
-            return trainer.run(stop)
-        finally:
-            trainer.close()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            trainer = Trainer(
+                cfg, out, dataset, device=device, reporter=reporter, sample=sample, start=start
+            )
+            with closing(trainer):
+                return trainer.run(stop)
 
 
 def check_vocabulary(cfg: RunConfig, dataset: Dataset) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,23 +90,28 @@ def routing_figures(
     """
     if not counts:
         return {}
-    layers: list[Record] = []
-    for count, entropy in zip(counts, entropies, strict=True):
-        layer: Record = {
-            "max_violation": max_violation(count).item(),
-            "dead_experts": int(dead_experts(count)),
-            "load_entropy": load_entropy(count).item(),
-            "router_entropy": entropy,
-        }
-        if log_load:
-            layer["load"] = (count / count.mean().clamp(min=1e-9)).tolist()
-        layers.append(layer)
+    columns = {
+        "max_violation": _by_layer(max_violation, counts),
+        "dead_experts": _by_layer(dead_experts, counts),
+        "load_entropy": _by_layer(load_entropy, counts),
+        "router_entropy": entropies,
+    }
+    if log_load:
+        columns["load"] = [(c / c.mean().clamp(min=1e-9)).tolist() for c in counts]
+    layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {
         "max_violation": sum(layer["max_violation"] for layer in layers) / len(layers),
         "dead_experts": sum(layer["dead_experts"] for layer in layers),
         "load_entropy": sum(layer["load_entropy"] for layer in layers) / len(layers),
         "layers": layers,
     }
+
+
+def _by_layer(figure: Callable[[Tensor], Tensor], counts: Sequence[Tensor]) -> list[float]:
+    """A figure of each layer, in one go where all have as many experts."""
+    if len({len(count) for count in counts}) == 1:
+        return figure(torch.stack(list(counts))).tolist()
+    return [figure(count).item() for count in counts]
 
 
 class JsonLines:

@@ -80,7 +80,8 @@ class Muon:
     """Nesterov momentum, orthogonalised, times ``0.2 sqrt(max(m, n))``: an AdamW-sized update.
 
     So learning rate and weight decay of AdamW can be kept. On 2-D parameters this equals
-    ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``.
+    ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``. Matrices of one shape are updated as one
+    batch ``[K, m, n]``; a stack of experts is a batch already.
 
     Args:
         params: by name, each ``[..., m, n]``.
@@ -90,39 +91,45 @@ class Muon:
         self, params: Mapping[str, nn.Parameter], *, momentum: float, weight_decay: float
     ) -> None:
         self.params, self.momentum, self.weight_decay = params, momentum, weight_decay
-        self.state = {f"momentum.{name}": torch.zeros_like(p.data) for name, p in params.items()}
+        self.batches: list[tuple[list[str], Tensor]] = []  # names, their momentum [K, m, n]
+        self.state: dict[str, Tensor] = {}
+        for names in self._equal_shapes():
+            shapes = [matrices(name, params[name].data).shape for name in names]
+            sizes, (m, n) = [shape[0] for shape in shapes], shapes[0][1:]
+            batch = params[names[0]].data.new_zeros(sum(sizes), m, n)
+            self.batches.append((names, batch))
+            for name, part in zip(names, batch.split(sizes), strict=True):
+                self.state[f"momentum.{name}"] = part
+
+    def _equal_shapes(self) -> list[list[str]]:
+        groups: dict[object, list[str]] = defaultdict(list)
+        for name, weight in self.params.items():
+            groups[tuple(weight.shape) if weight.ndim == 2 else name].append(name)
+        return list(groups.values())
 
     def step(self, lr: float, skip: Tensor) -> None:
         """One update at rate ``lr``; none where ``skip`` is 1."""
         live = 1 - skip
-        for names in self._equal_shapes():
-            updates = [matrices(name, self._nesterov(name, live)) for name in names]
-            sizes = [len(update) for update in updates]
-            m, n = updates[0].shape[-2:]
-            scale = 0.2 * math.sqrt(max(m, n)) * lr * live
-            for name, update in zip(
-                names, orthogonal(torch.cat(updates)).split(sizes), strict=True
-            ):
-                weight = self.params[name].data
-                weight.mul_(1 - lr * self.weight_decay * live)
-                weight.sub_(update.reshape(weight.shape).to(weight.dtype) * scale)
+        for names, momentum_KMN in self.batches:
+            grad_KMN = torch.cat([self._grad(name) for name in names])
+            grad_KMN = torch.where(live > 0, grad_KMN, 0)  # not grad * live: NaN * 0 is NaN
+            momentum_KMN.lerp_(grad_KMN, (1 - self.momentum) * live.to(grad_KMN.dtype))
+            update_KMN = orthogonal(grad_KMN.lerp(momentum_KMN, self.momentum)).to(grad_KMN.dtype)
+            update_KMN = update_KMN * (0.2 * math.sqrt(max(momentum_KMN.shape[1:])) * lr * live)
+            sizes = [len(self.state[f"momentum.{name}"]) for name in names]
+            for name, update in zip(names, update_KMN.split(sizes), strict=True):
+                weight = self.params[name]
+                if weight.grad is not None:
+                    weight.data.mul_(1 - lr * self.weight_decay * live)
+                    weight.data.sub_(update.reshape(weight.shape))
 
-    def _equal_shapes(self) -> list[list[str]]:
-        """Names whose matrices are orthogonalised in one batch: those of one shape, 2-D ones only,
-        since a stack of experts is a batch already."""
-        groups: dict[object, list[str]] = defaultdict(list)
-        for name, weight in self.params.items():
-            if weight.grad is not None:
-                groups[tuple(weight.shape) if weight.ndim == 2 else name].append(name)
-        return list(groups.values())
-
-    def _nesterov(self, name: str, live: Tensor) -> Tensor:
+    def _grad(self, name: str) -> Tensor:
         grad = self.params[name].grad
-        assert grad is not None
-        grad = torch.where(live > 0, grad, 0)  # not grad * live: NaN * 0 is NaN
-        momentum = self.state[f"momentum.{name}"]
-        momentum.lerp_(grad, (1 - self.momentum) * live.to(grad.dtype))
-        return grad.lerp(momentum, self.momentum)
+        return (
+            torch.zeros_like(self.state[f"momentum.{name}"])
+            if grad is None
+            else matrices(name, grad)
+        )
 
 
 def matrices(name: str, weight: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""What training must do on a GPU: never wait within a step, skip on the device, resume, compile."""
+
+import os
+
+import pytest
+import torch
+
+from fathom.convert.run_folder import committed, load_model
+from fathom.train.loop import Trainer, train
+from fathom.train.metrics import read_lines
+from fathom.train.progress import Reporter
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def trainer(make_config, dataset, run_dir):
+    def make(*overrides: str) -> Trainer:
+        run_dir.mkdir()
+        cfg = make_config("train.device=cuda", *overrides)
+        device = torch.device("cuda", 0)
+        quiet = Reporter()
+        return Trainer(
+            cfg, run_dir, dataset, device=device, reporter=quiet, sample=None, start=None
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["bf16_autocast", "bf16"])
+def test_a_step_never_waits_for_the_device(trainer, optimizer, dtype):
+    loop = trainer(
+        f"train.optimizer={optimizer}", f"train.dtype={dtype}", "train.micro_batch_size=2"
+    )
+    loop.step()
+    loop.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    loop.flush()
+    assert len(read_lines(loop.out / "metrics.jsonl")) == 3
+    loop.close()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing_on_the_device(trainer, optimizer):
+    loop = trainer(f"train.optimizer={optimizer}")
+    loop.step()
+    state = {**loop.model.state_dict(), **loop.parts.optimizer.state()}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    weight = loop.model.norm.weight
+    handle = weight.register_hook(lambda grad: grad * float("nan"))
+    loop.step()
+    handle.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    loop.step()
+    loop.flush()
+    assert [line.get("skipped") for line in read_lines(loop.out / "metrics.jsonl")] == [
+        None,
+        True,
+        None,
+    ]
+    loop.close()
+
+
+def test_resuming_in_deterministic_mode_is_bitwise(make_config, dataset, tmp_path):
+    cfg = make_config("train.device=cuda", "train.deterministic=true")
+    train(cfg, tmp_path / "whole", dataset=dataset, should_stop=lambda: False)
+    calls = iter(range(10))
+    train(cfg, tmp_path / "parts", dataset=dataset, should_stop=lambda: next(calls) == 2)
+    train(cfg, tmp_path / "parts", dataset=dataset, should_stop=lambda: False)
+    names = ("whole", "parts")
+    losses = [
+        [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in names
+    ]
+    assert losses[0] == losses[1]
+    ends = [committed(tmp_path / name)[-1] / "model.safetensors" for name in names]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_a_compiled_run_learns_and_reports_its_mfu(make_config, dataset, run_dir):
+    heard: list[str] = []
+
+    class Listener(Reporter):
+        def notice(self, sentence: str) -> None:
+            heard.append(sentence)
+
+    cfg = make_config(
+        *("train.device=cuda", "train.compile=true", "train.dtype=bf16_autocast"),
+        *("train.steps=40", "train.eval_every=40"),
+    )
+    result = train(cfg, run_dir, dataset=dataset, reporter=Listener(), should_stop=lambda: False)
+    assert heard == []
+    lines = read_lines(run_dir / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1.5
+    assert result.evaluation is not None
+    if "H100" in torch.cuda.get_device_name() or "H200" in torch.cuda.get_device_name():
+        assert 0 < lines[-1]["mfu"] < 1
+    assert load_model(run_dir, device="cuda")[0].embed.weight.is_cuda
