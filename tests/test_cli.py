@@ -416,6 +416,35 @@ def test_compare_judges_runs_that_exist(prepared: Path, tmp_path: Path, capsys) 
     assert "compare needs runs of two configs" in last_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("reason", "code"), [("done", 0), ("interrupted", 75), ("failed", 1)])
+def test_ladder_hands_on_what_was_asked_and_how_it_ended(reason, code, monkeypatch, tmp_path):
+    from fathom.ladder import run as ladder_run
+
+    asked = {}
+
+    def stand_in(study, out, **options):
+        asked.update(study=study.name, value=study.budget.value, out=out, **options)
+        return ladder_run.LadderResult(reason=reason, message="that is all")
+
+    monkeypatch.setattr(ladder_run, "run_ladder", stand_in)
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\nmodel = {preset = "tiny-llama"}\nbudget = {value = 1e6}\n'
+        'arms = [{name = "only"}]\n'
+    )
+    study = str(tmp_path / "mine.toml")
+    assert run("ladder", study, "--only", "only", "--add-seeds", "2", "budget.value=5e5") == code
+    del asked["reporter"]
+    assert asked == {
+        "study": "mine",
+        "value": 5e5,
+        "out": Path("runs/mine"),
+        "dry_run": False,
+        "only": ["only"],
+        "add_seeds": 2,
+        "jobs": None,
+    }
+
+
 def test_size_and_peek_read_a_run_folder(trained: Path, capsys) -> None:
     assert run("size", str(trained), "--format", "json") == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 4
