@@ -46,12 +46,16 @@ def build(
             config).
         assignments: ``key=value`` overrides with dotted keys, as on the command line.
         seed: of the weights.
+        device: where the weights lie; ``meta``: shapes alone, for models of any size.
         changes: top-level keys of :class:`ModelConfig`.
 
     Raises:
         ConfigError: no such model, or an override that cannot be.
     """
     cfg = resolve(model, assignments, changes)
+    if torch.device(device).type == "meta":
+        with torch.device("meta"):
+            return Decoder(cfg).to(as_dtype(dtype))
     return build_model(cfg, seed=seed, device=device, dtype=as_dtype(dtype))
 
 

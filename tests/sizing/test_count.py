@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import fathom
 from fathom.attention import AttentionConfig, MHAConfig, MLAConfig
 from fathom.config import LayerGroup, ModelConfig
 from fathom.ffn import DenseConfig, MoEConfig
@@ -85,6 +86,14 @@ def test_parameters_are_those_of_the_built_model(name: str) -> None:
     mtp = sum(n for key, n in built.items() if "mtp" in key)
     assert count.num_params(cfg) == sum(built.values()) - mtp
     assert count.num_mtp_params(cfg) == mtp
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "deepseek-moe-16b", "deepseek-v2", "deepseek-v3"])
+def test_parameters_of_published_shapes_are_those_of_their_modules(name: str) -> None:
+    cfg = preset(name)
+    model = fathom.build(cfg, device="meta")
+    main = sum(p.numel() for key, p in model.named_parameters() if "mtp" not in key)
+    assert count.num_params(cfg) == main
 
 
 @pytest.mark.parametrize("name", KINDS)
