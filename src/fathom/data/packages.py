@@ -25,6 +25,7 @@ class Package(NamedTuple):
     name: str
     version: str
     licence: str
+    size: int  # bytes of its file
     sha256: str
 
 
@@ -36,7 +37,7 @@ TIMEOUT = 1800  # seconds for one package
 def pinned_packages() -> list[Package]:
     """What the medium corpus is made of: ``packages.csv``."""
     with (Path(__file__).parent / "packages.csv").open(encoding="utf-8", newline="") as table:
-        return [Package(**row) for row in csv.DictReader(table)]
+        return [Package(**{**row, "size": int(row["size"])}) for row in csv.DictReader(table)]
 
 
 def fetch_all(
@@ -53,9 +54,11 @@ def fetch_all(
     without_tools = missing_tools(packages)
     missing = [f"{registry}: {phrase}" for registry, phrase in without_tools.items()]
     archives = {}
-    for number, package in enumerate(packages):
+    done, total = 0, sum(package.size for package in packages)
+    for package in packages:
         if progress is not None:
-            progress(f"fetching {package.name}", number, len(packages))
+            progress("fetching packages", done, total)
+        done += package.size
         if package.registry not in without_tools:
             try:
                 archives[package.name] = fetch(package, folder)
