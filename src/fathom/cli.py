@@ -20,10 +20,10 @@ class Format(StrEnum):
     json = "json"
 
 
-def _import(paths: list[Path] | None) -> list[Path] | None:
+def _import(paths: list[Path] | None) -> list[Path]:
     for path in paths or ():
         console.import_file(path)
-    return paths
+    return paths or []
 
 
 Settings = Annotated[
