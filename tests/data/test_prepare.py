@@ -226,6 +226,25 @@ def test_parquet_rows_are_read_like_json_lines(tmp_path):
     assert problems.examples == {"no text field": ["folder/x.parquet#1"]}
 
 
+def test_a_parquet_file_without_a_text_column_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"content": ["a"]}), tmp_path / "x.parquet"
+    )
+    documents, problems = read(tmp_path)
+    assert documents == []
+    assert problems.examples == {"no text field": ["x.parquet"]}
+
+
+def test_pipes_and_broken_links_in_a_folder_are_passed_over(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "missing.txt")
+    (tmp_path / "a.txt").write_text("text")
+    documents, problems = read(tmp_path)
+    assert [document.id for document in documents] == ["a.txt"]
+    assert problems.counts == {}
+
+
 def test_a_missing_library_names_the_extra_to_install(tmp_path):
     with pytest.raises(ValueError, match=r"needs nosuchlibrary: pip install 'fathom-lm\[data\]'"):
         needed("nosuchlibrary.part", tmp_path / "x.parquet")
@@ -249,6 +268,13 @@ def test_reading_reports_how_far_it_is_within_a_file(tmp_path):
     assert seen == sorted(seen)
     assert len(set(seen)) > 5
     assert reader.bytes_read == reader.total_bytes == os.path.getsize(tmp_path / "x.jsonl")
+
+
+def test_a_file_that_broke_off_counts_as_read(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text" * 99)[:-9])
+    reader = SourceReader(find_files([tmp_path]))
+    assert list(reader) == []
+    assert reader.bytes_read == reader.total_bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,12 @@ class SourceReader:
 
     @contextmanager
     def _open(self, file: SourceFile, packing: str) -> Iterator[IO[bytes]]:
-        with file.path.open("rb") as self._raw:
-            yield _unpacked(self._raw, packing, file.path)
-        self._raw = None
+        with file.path.open("rb") as raw:
+            self._raw = raw
+            try:
+                yield _unpacked(raw, packing, file.path)
+            finally:
+                self._raw = None
 
     def _json_lines(self, file: SourceFile, stream: IO[bytes]) -> Iterator[SourceDocument]:
         index = 0
@@ -143,6 +146,9 @@ class SourceReader:
         parquet = needed("pyarrow.parquet", file.path)
         with parquet.ParquetFile(file.path) as table:
             columns = [c for c in ("text", "domain") if c in table.schema_arrow.names]
+            if "text" not in columns:
+                self.problems.add("no text field", file.id)
+                return
             index = 0
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
@@ -208,5 +214,6 @@ def _walk(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith("."):
-                yield (Path(folder) / name).relative_to(root)
+            path = Path(folder) / name
+            if not name.startswith(".") and path.is_file():  # no pipe, no broken link
+                yield path.relative_to(root)
