@@ -10,10 +10,10 @@ Function = Callable[..., Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan() -> Iterator[None]:
-    """Also forbids operations that PyTorch calls nondeterministic."""
+def _unwritten_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On the CPU; operations that PyTorch calls nondeterministic are then errors too."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(request.node.get_closest_marker("gpu") is None)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -32,6 +32,8 @@ def agree() -> Callable[..., None]:
     """``agree(got, want, inputs)``: values and gradients of ``got`` are ``want``'s in float64."""
 
     def check(got: Function, want: Function, inputs: tuple[Tensor, ...], tol: float = 1e-5) -> None:
+        if inputs[0].is_cuda:
+            tol = 1e-3  # float32 kernels may multiply in TF32
         found = values_and_gradients(got, inputs)
         doubled = tuple(t.double() if t.is_floating_point() else t for t in inputs)
         expected = values_and_gradients(want, doubled)

@@ -153,7 +153,8 @@ def test_every_torch_path_agrees_wherever_it_would_be_chosen(shape, masked, devi
     bias = torch.randn(1, 1, shape[1], shape[2], device=device) if masked else None
     want = query_by_query(0.3, mask=bias)(*(t.double() for t in (q, k, v)))
     for path in (few_queries(q, k, v, 0.3, bias), sdpa(q, k, v, 0.3, bias, False)):
-        torch.testing.assert_close(path.double(), want, rtol=1e-5, atol=1e-5)
+        tol = 1e-3 if path.is_cuda else 1e-5
+        torch.testing.assert_close(path.double(), want, rtol=tol, atol=tol)
 
 
 def test_masked_cudnn_runs_on_whole_tiles_only():

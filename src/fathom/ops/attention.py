@@ -23,7 +23,7 @@ from fathom.ops.registry import (
     wide,
 )
 
-FEW_QUERIES = 8
+FEW_QUERIES = 8  # decoding and a few drafted tokens
 
 
 def torch_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
@@ -60,7 +60,7 @@ def attention(
         scale: what a score is multiplied by.
         mask: broadcastable to ``[B, H, T, S]``: bool (True: visible) or float (added to a score).
         causal: query t sees keys 0 to t; needs T == S and no mask.
-        impl: which implementation; all take everything but empty inputs and learned masks.
+        impl: which implementation; ``torch`` refuses empty inputs and masks that want a gradient.
 
     The softmax is in float32 (float64 for float64), the result in q's dtype. A query that sees
     nothing gives zeros and passes no gradient back.
@@ -78,11 +78,27 @@ def attention(
             f"{k_BSGQ.shape[1]} keys; say what is visible in mask instead"
         )
     masks = () if mask is None else (mask,)
-    if choose(ATTENTION, impl, q_BTHQ, k_BSGQ, v_BSGV, *masks) == "reference":
-        return attention_reference(q_BTHQ, k_BSGQ, v_BSGV, scale, mask, causal)
-    bias, sees_BT11 = (None, None) if mask is None else additive(mask, q_BTHQ.dtype)
-    out_BTHV = torch_attention(q_BTHQ, k_BSGQ, v_BSGV, scale, bias, causal)
-    return out_BTHV if sees_BT11 is None else out_BTHV * sees_BT11
+    chosen = choose(ATTENTION, impl, q_BTHQ, k_BSGQ, v_BSGV, *masks)
+    run = attention_reference if chosen == "reference" else torch_attention
+    bias = None if mask is None else additive(mask, q_BTHQ.dtype)
+    return run(q_BTHQ, k_BSGQ, v_BSGV, scale, bias, causal)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores, ``[B or 1, H or 1, T or 1, S or 1]``."""
+    mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, 0.0, float("-inf")).to(dtype)
+    return mask.to(dtype)
+
+
+def sighted(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A bias under which no softmax divides by zero, and which queries saw anything before.
+
+    A blind query sees everything now; its output is to be multiplied by the second.
+    """
+    sees_BHT1 = (bias > float("-inf")).any(dim=-1, keepdim=True)
+    return bias.masked_fill(~sees_BHT1, 0.0), sees_BHT1.transpose(1, 2)
 
 
 def attention_reference(
@@ -90,7 +106,7 @@ def attention_reference(
     k_BSGQ: Tensor,
     v_BSGV: Tensor,
     scale: float,
-    mask: Tensor | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
     """The definition: all scores in memory, keys and values repeated for their query heads."""
@@ -99,30 +115,13 @@ def attention_reference(
     k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
     scores_BHTS = scale * torch.einsum("bthq,bshq->bhts", q, k)
     if causal:
-        mask = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is None:
+        ones = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q.device)
+        bias = additive(ones.tril(), q.dtype)
+    if bias is None:
         return torch.einsum("bhts,bshv->bthv", scores_BHTS.softmax(-1), v).to(q_BTHQ.dtype)
-    bias, sees_BT11 = additive(mask, q.dtype)
+    bias, sees_BTH1 = sighted(bias)
     weights_BHTS = (scores_BHTS + bias).softmax(-1)
-    out_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS, v) * sees_BT11
-    return out_BTHV.to(q_BTHQ.dtype)
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A mask as what is added to the scores, and which queries see anything, ``[B, T, 1 or H, 1]``.
-
-    A blind query is made to see everything, so that no kernel divides by zero; whoever calls this
-    multiplies the output by ``sees``.
-    """
-    mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
-    if mask.dtype == torch.bool:
-        sees = mask.any(dim=-1, keepdim=True)
-        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        bias = bias.masked_fill(~mask & sees, float("-inf"))
-    else:
-        sees = (mask > float("-inf")).any(dim=-1, keepdim=True)
-        bias = mask.to(dtype).masked_fill(~sees, 0.0)
-    return bias, sees.transpose(1, 2)
+    return (torch.einsum("bhts,bshv->bthv", weights_BHTS, v) * sees_BTH1).to(q_BTHQ.dtype)
 
 
 def torch_attention(
@@ -136,15 +135,25 @@ def torch_attention(
     """The fastest kernel of PyTorch for these shapes."""
     unequal = q_BTHQ.shape[-1] != v_BSGV.shape[-1]
     shared = q_BTHQ.shape[2] != k_BSGQ.shape[2]
-    if unequal and shared and q_BTHQ.shape[1] <= FEW_QUERIES and not causal:
-        return few_queries(q_BTHQ, k_BSGQ, v_BSGV, scale, bias)
-    if q_BTHQ.device.type == "cpu":
+    few = unequal and shared and q_BTHQ.shape[1] <= FEW_QUERIES and not causal
+    if q_BTHQ.device.type == "cpu" and not few:  # this kernel gives a blind query zeros by itself
         return cpu_attention(q_BTHQ, k_BSGQ, v_BSGV, bias, causal, scale)[0]
-    return sdpa(q_BTHQ, k_BSGQ, v_BSGV, scale, bias, causal)
+    sees_BTH1 = None
+    if bias is not None:
+        bias, sees_BTH1 = sighted(bias)
+    if few:
+        out_BTHV = few_queries(q_BTHQ, k_BSGQ, v_BSGV, scale, bias)
+    else:
+        out_BTHV = sdpa(q_BTHQ, k_BSGQ, v_BSGV, scale, bias, causal)
+    return out_BTHV if sees_BTH1 is None else out_BTHV * sees_BTH1
 
 
 def few_queries(
-    q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, scale: float, bias: Tensor | None
+    q_BTHQ: Tensor,
+    k_BSGQ: Tensor,
+    v_BSGV: Tensor,
+    scale: float,
+    bias: Tensor | None,
 ) -> Tensor:
     """Decoding over a shared latent: the heads that share a key become rows of one matmul.
 

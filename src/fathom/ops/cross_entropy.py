@@ -81,10 +81,10 @@ def losses_and_slopes(logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Ten
     at_M1 = targets_M[:, None]
     if logits_MV.dtype == wide(logits_MV.dtype):
         top_M1 = logits_MV.amax(-1, keepdim=True)
-        target_M1 = logits_MV.gather(1, at_M1)
+        target_M1 = logits_MV.gather(1, at_M1) - top_M1
         norm_M1 = logits_MV.sub_(top_M1).exp_().sum(-1, keepdim=True)
-        logits_MV.scatter_add_(1, at_M1, -norm_M1)
-        return (top_M1 + norm_M1.log() - target_M1).squeeze(1), norm_M1
+        logits_MV.scatter_(1, at_M1, target_M1.exp() - norm_M1)
+        return (norm_M1.log() - target_M1).squeeze(1), norm_M1
     losses = []
     rows = -(-logits_MV.shape[0] // SLICES)
     for part, at in zip(logits_MV.split(rows), at_M1.split(rows), strict=True):
@@ -121,13 +121,13 @@ def _fake_sum(
     x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, max_bytes: int, ignore: int, dx: bool, dw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = x_ND.new_empty((), dtype=wide(x_ND.dtype))
-    return loss, x_ND.new_empty(x_ND.shape if dx else 0), w_VD.new_empty(w_VD.shape if dw else 0)
+    return loss, x_ND.new_empty(x_ND.shape if dx else 0), w_VD.new_empty(w_VD.mT.shape if dw else 0)
 
 
 def _flops(
     x: Sequence[int],
     w: Sequence[int],
-    targets: Any,
+    targets: Sequence[int],
     max_bytes: int,
     ignore: int,
     dx: bool,
@@ -137,34 +137,38 @@ def _flops(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.wants = inputs[5:]
+    ctx.need_dx, ctx.need_dw = inputs[5:]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw = (
-        scaled(gradient, grad) if want else None
-        for gradient, want in zip(ctx.saved_tensors, ctx.wants, strict=True)
-    )
+    dx_ND, dw_DV = ctx.saved_tensors
+    dx = scaled(dx_ND, grad) if ctx.need_dx else None
+    dw = scaled(dw_DV.T, grad) if ctx.need_dw else None
     return dx, dw, None, None, None, None, None
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The product in the gradient's dtype, the factor not rounded to it first."""
-    return torch.mul(gradient, factor.reshape(1, 1), out=torch.empty_like(gradient))
+    """The product, contiguous, in the gradient's dtype; the factor is not rounded to that first."""
+    out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    return torch.mul(gradient, factor.reshape(1, 1), out=out)
 
 
 def _chunk(
-    x_MD: Tensor, w_VD: Tensor, targets_M: Tensor, valid_M: Tensor, need_dx: bool, need_dw: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss and gradients of a few rows; their logits are freed on return."""
+    x_MD: Tensor, w_VD: Tensor, targets_M: Tensor, valid_M: Tensor, dx_MD: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of a few rows and its ``dw_DV``; ``dx_MD`` is written if it has elements.
+
+    The rows' logits are freed on return.
+    """
     logits_MV = x_MD @ w_VD.T
     losses_M, norm_M1 = losses_and_slopes(logits_MV, targets_M)
     weight_M1 = (valid_M[:, None] / norm_M1).to(x_MD.dtype)
-    dx_MD = (logits_MV @ w_VD).mul_(weight_M1) if need_dx else None
-    dw_VD = logits_MV.T @ (x_MD * weight_M1) if need_dw else None
-    return (losses_M * valid_M).sum(), dx_MD, dw_VD
+    if dx_MD.numel():
+        torch.mm(logits_MV, w_VD, out=dx_MD).mul_(weight_M1)
+    dw_DV = (x_MD * weight_M1).T @ logits_MV if need_dw else None  # faster than [V, D] on the CPU
+    return (losses_M * valid_M).sum(), dw_DV
 
 
 def loss_and_gradients(
@@ -176,19 +180,20 @@ def loss_and_gradients(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and both gradients, of no elements where they are not needed."""
-    rows = rows_per_chunk(x_ND, w_VD, max_bytes)
+    """The loss, ``dx_ND`` and ``dw_DV``; a gradient that is not needed has no elements."""
+    loss, dx_ND, no_dw = _fake_sum(x_ND, w_VD, targets_N, max_bytes, ignore_index, need_dx, False)
+    loss.zero_()
+    dw_DV = None
     valid_N = targets_N != ignore_index
-    rows_of = (t.split(rows) for t in (x_ND, targets_N.where(valid_N, 0), valid_N))
-    loss, dx_parts, dw_VD = x_ND.new_zeros((), dtype=wide(x_ND.dtype)), [], None
-    for x_MD, targets_M, valid_M in zip(*rows_of, strict=True):
-        part, dx_MD, part_VD = _chunk(x_MD, w_VD, targets_M, valid_M, need_dx, need_dw)
+    targets_N = targets_N.where(valid_N, 0)
+    rows = rows_per_chunk(x_ND, w_VD, max_bytes)
+    for a in range(0, max(x_ND.shape[0], 1), rows):
+        m = slice(a, a + rows)
+        part, part_DV = _chunk(x_ND[m], w_VD, targets_N[m], valid_N[m], dx_ND[m], need_dw)
         loss += part
-        dx_parts.append(dx_MD)
-        if part_VD is not None:
-            dw_VD = part_VD if dw_VD is None else dw_VD.to(wide(w_VD.dtype)).add_(part_VD)
-    dx_ND = torch.cat(dx_parts) if need_dx else x_ND.new_empty(0)
-    return loss, dx_ND, w_VD.new_empty(0) if dw_VD is None else dw_VD.to(w_VD.dtype)
+        if part_DV is not None:
+            dw_DV = part_DV if dw_DV is None else dw_DV.to(wide(w_VD.dtype)).add_(part_DV)
+    return loss, dx_ND, no_dw if dw_DV is None else dw_DV.to(w_VD.dtype)
 
 
 _linear_cross_entropy = op(
