@@ -146,6 +146,39 @@ def test_the_special_tokens_of_other_families_are_known():
     assert tokenizer.text_vocab_size == tokenizer.vocab_size == 3
 
 
+SMALL = train_tokenizer(TEXTS, 270).to_bytes()
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.sampled_from(["BPE", "ByteLevel", "a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "vocab", "merges", "id", "content"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(json.loads(SMALL))), st.sampled_from([None, "vocab", "merges"]), JSON)
+def test_any_damage_is_a_value_error_or_harmless(key, inner, value):
+    content = json.loads(SMALL)
+    if inner and key == "model":
+        content["model"][inner] = value
+    else:
+        content[key] = value
+    try:
+        tokenizer = Tokenizer(json.dumps(content).encode())
+    except ValueError:
+        return
+    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+
+
+def test_a_model_that_does_not_name_its_type_is_bpe():
+    content = json.loads(SMALL)
+    del content["model"]["type"]
+    assert Tokenizer(json.dumps(content).encode()).encode("the cat") == train_tokenizer(
+        TEXTS, 270
+    ).encode("the cat")
+
+
 class PanicException(BaseException):
     pass
 

@@ -60,10 +60,12 @@ class Tokenizer:
             described = json.loads(content)
             model, added = described["model"], described.get("added_tokens", [])
             vocab = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+            special = {token["content"]: bool(token.get("special")) for token in added}
             ids = [0, *map(int, vocab.values())]
+            byte_level = model.get("type", "BPE") == "BPE" and _is_byte_level(described["decoder"])
         if min(ids) < 0 or max(ids) >= MAX_VOCAB:  # before the library makes a table of them
             raise ValueError(f"{source} has ids outside 0..{MAX_VOCAB - 1}")
-        if model.get("type") != "BPE" or not _is_byte_level(described.get("decoder") or {}):
+        if not byte_level:
             raise ValueError(
                 f"{source} is not a byte-level BPE vocabulary: bits per byte needs to know the "
                 "bytes of every token; train one by leaving the tokenizer out"
@@ -74,7 +76,6 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size = max(ids) + 1
-        special = {token["content"]: bool(token.get("special")) for token in added}
         self._pieces = _pieces(vocab, special, self.vocab_size, source)
         self._names = {token_id: name for name, token_id in vocab.items()}
         self.bos_id = _first_known(BOS_NAMES, vocab, source)
@@ -202,9 +203,9 @@ def _special(name: str) -> AddedToken:
     return AddedToken(name, special=True, normalized=False)
 
 
-def _is_byte_level(decoder: dict[str, Any]) -> bool:
-    parts = decoder.get("decoders", [decoder])
-    return {part.get("type") for part in parts} == {"ByteLevel"}
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    parts = (decoder or {}).get("decoders", [decoder])
+    return {part and part.get("type") for part in parts} == {"ByteLevel"}
 
 
 def _pieces(vocab: dict[str, int], special: dict[str, bool], size: int, source: str) -> list[bytes]:
