@@ -425,6 +425,12 @@ def test_the_bootstrap_repeats_with_its_seed():
     assert bootstrap_interval(domains) != bootstrap_interval(domains, seed=1)
 
 
+def test_many_documents_are_drawn_in_blocks_with_the_same_meaning():
+    n_docs = 30_000  # 69 resamples a block
+    low, high = bootstrap_interval({"prose": documents(n_docs, 0.05)}, n_resamples=150)
+    assert high - low == pytest.approx(2 * 1.96 * 0.1 / math.sqrt(n_docs), rel=0.25)
+
+
 def test_one_document_says_nothing_of_others():
     assert bootstrap_interval({"prose": documents(20, 0.1), "code": documents(1, 0.1)}) is None
     assert bootstrap_interval({}) is None

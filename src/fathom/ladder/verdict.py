@@ -264,16 +264,27 @@ def bootstrap_interval(
     differences = []
     for domain, losses in per_document.items():
         arm_D, parent_D, bytes_D = _documents(domain, losses)
-        n_docs = len(bytes_D)
-        if n_docs < 2:
+        if len(bytes_D) < 2:
             return None
-        times_RD = draws.multinomial(n_docs, np.full(n_docs, 1 / n_docs), size=n_resamples)
-        differences.append((times_RD @ (arm_D - parent_D)) / (times_RD @ bytes_D))
+        differences.append(_resampled(arm_D - parent_D, bytes_D, n_resamples, draws))
     if not differences:
         return None
     tail = (1 - level) / 2
     low, high = np.quantile(np.mean(differences, axis=0), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _resampled(
+    bits_D: Floats, bytes_D: Floats, n_resamples: int, draws: np.random.Generator
+) -> Floats:
+    """Bits per byte of documents drawn with replacement, in blocks that bound the memory."""
+    n_docs = len(bytes_D)
+    rows = max(1, 2**21 // n_docs)
+    blocks = []
+    for start in range(0, n_resamples, rows):
+        drawn = draws.integers(n_docs, size=(min(rows, n_resamples - start), n_docs))
+        blocks.append(bits_D[drawn].sum(axis=-1) / bytes_D[drawn].sum(axis=-1))
+    return np.concatenate(blocks)
 
 
 def _documents(domain: str, losses: DocumentLosses) -> tuple[Floats, Floats, Floats]:
