@@ -3,10 +3,11 @@
     python benchmarks/ops_cpu.py [--out DIR]
 
 Forward and backward in float32 at the shapes of the demo (16 x 256 tokens). The ways of a case take
-turns; a figure is the median CPU time of the thread, which other programs disturb little, a ratio
-the median over the turns of the best other way over ours, a spread without the two best and worst.
+turns in a random order. A figure is the median CPU time of the thread, which other programs disturb
+little; a ratio is the median over the turns of the best other way over ours.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from fathom.ops import (
 from fathom.ops.attention import few_queries
 from fathom.ops.norm import rms_norm_reference
 
-TURNS = 21
+TURNS = 24
 Way = Callable[..., Tensor]
 
 
@@ -53,10 +54,13 @@ def case(name: str, inputs: Sequence[Tensor], ours: Way, **peers: Way) -> dict[s
     """All ways in turns: milliseconds of CPU time."""
     runs = {what: trained(way, inputs) for what, way in {"ours": ours, **peers}.items()}
     times: dict[str, list[float]] = {what: [] for what in runs}
+    shuffled = random.Random(0)
     for turn in range(TURNS + 2):
-        for what, run in runs.items():
+        for what in shuffled.sample(
+            list(runs), len(runs)
+        ):  # one warms or cools the memory of the next
             start = time.thread_time()
-            run()
+            runs[what]()
             if turn >= 2:
                 times[what].append(1e3 * (time.thread_time() - start))
     medians = {what: statistics.median(values) for what, values in times.items()}
