@@ -189,7 +189,7 @@ def test_all_ways_to_set_a_key_give_the_same_config(tmp_path: Path, capsys) -> N
         (["generate", "gone/run"], 3, "is neither a checkpoint nor a run folder"),
         (["generate", "deepseek-v3"], 2, "random weights are made up to 2,000,000,000"),
         (["generate", "tiny-llama", "--device", "tpu"], 2, "--device must be one of auto, cpu"),
-        (["generate", "tiny-llama", "--top-p", "2"], 2, "top_p must be above 0 and at most 1"),
+        (["generate", "tiny-llama", "--top-p", "2"], 2, "top_p must be from 0 to 1"),
         (["generate", "llama-5m", "--dtype", "int4"], 2, "dtype must be one of float32"),
         (["eval", "tiny-llama", "--data", "gone"], 3, "is not a prepared corpus"),
         (["probe", "tarot", "tiny-llama"], 2, "choose from domains, "),

@@ -146,6 +146,43 @@ def test_the_special_tokens_of_other_families_are_known():
     assert tokenizer.text_vocab_size == tokenizer.vocab_size == 3
 
 
+def test_what_a_prompt_begins_with_is_what_the_file_or_its_neighbour_says():
+    model = {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []}
+    plain = changed(model=model, added_tokens=added("<s>", "</s>"))
+    rule = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    ruled = changed(model=model, added_tokens=added("<s>", "</s>"), post_processor=rule)
+    assert Tokenizer(plain).begin_ids == []
+    assert Tokenizer(plain, add_bos=True).begin_ids == [0]
+    assert Tokenizer(ruled).begin_ids == [0]
+    assert Tokenizer(ruled, add_bos=False).begin_ids == []
+    assert Tokenizer(ruled, bos="</s>", eos="<s>").begin_ids == []
+    assert Tokenizer(SMALL).begin_ids == [0]
+    with pytest.raises(ValueError, match="none of the special tokens <x>"):
+        Tokenizer(plain, bos="<x>")
+
+
+def test_names_of_special_tokens_mean_them_where_asked_but_not_behind_a_mark():
+    tokenizer = Tokenizer(SMALL)
+    word = tokenizer.encode("the cat")
+    assert tokenizer.encode_marked("<|bos|>the cat<|eos|>") == [0, *word, 1]
+    assert tokenizer.encode_marked("the cat") == word
+    assert tokenizer.encode_marked("") == []
+    text = "a <|eos|>\0 b<|bos|>"
+    hidden = tokenizer.mark_literal(text)
+    assert not {0, 1} & set(tokenizer.encode_marked(hidden))
+    assert tokenizer.decode(tokenizer.encode_marked(hidden)) == "a <|eos|> b<|bos|>"
+    whole = tokenizer.encode_marked(f"<|bos|>{hidden}<|eos|>")
+    assert whole == [0, *tokenizer.encode_marked(hidden), 1]
+
+
 SMALL = train_tokenizer(TEXTS, 270).to_bytes()
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 300) | st.sampled_from(["BPE", "ByteLevel", "a"]),

@@ -12,6 +12,7 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.ffn import DenseConfig
 from fathom.generate import Engine
 from fathom.generate import engine as engine_module
+from fathom.generate.defaults import GenerationDefaults
 from fathom.model import Decoder, build_model
 from fathom.presets import preset
 from kinds import DIM, KINDS
@@ -211,6 +212,12 @@ def test_no_prompts_give_no_texts() -> None:
         ([[1]], {"stop": "x"}, "stop must be a list"),
         ([[1]], {"stop": [""]}, "must not be empty"),
         ([[1]], {"temperature": -1}, "temperature must be at least 0"),
+        ([[1]], {"top_logprobs": 21}, "top_logprobs must be from 0 to 20, got 21"),
+        (
+            [[1]],
+            {"logit_bias": {40: 1.0}, "max_new_tokens": 1},
+            "logit_bias must name ids from 0 to 39, got 40",
+        ),
     ],
 )
 def test_what_cannot_be_generated_is_refused(prompts, options, sentence: str) -> None:
@@ -230,6 +237,74 @@ def test_generating_leaves_no_gradient_and_no_change() -> None:
     for name, p in model.named_parameters():
         assert p.grad is None
         assert torch.equal(p, before[name])
+
+
+def test_each_prompt_may_have_its_own_seed() -> None:
+    engine, draw = Engine(model_of("gqa")), {"max_new_tokens": 12, "temperature": 1.0}
+    together = engine.generate(PROMPTS, seed=[5, 7, 5], **draw)
+    for prompt, seed, got in zip(PROMPTS, [5, 7, 5], together, strict=True):
+        assert engine.generate([prompt], seed=seed, **draw) == [got]
+    with pytest.raises(ValueError, match="one for each of 3 prompts, got 2"):
+        engine.generate(PROMPTS, seed=[1, 2])
+
+
+def test_a_penalty_counts_what_is_generated() -> None:
+    got = say([*[TOKENIZER.encode("!")[0]] * 4], max_new_tokens=4, frequency_penalty=3.0)
+    assert got.text == "!!?!"  # 9 and 6 against 5, 3 against 5, 3 against 2
+
+
+def test_a_repetition_penalty_knows_the_prompt() -> None:
+    mark, other = TOKENIZER.encode("!")[0], TOKENIZER.encode("?")[0]
+    model = Scripted([mark, mark])
+    engine = Engine(model, TOKENIZER)  # pyright: ignore
+    (got,) = engine.generate([[mark]], max_new_tokens=2, repetition_penalty=2.5)
+    assert got.tokens == [other, mark]  # 9 / 2.5 < 5; then both are known
+
+
+def test_log_probabilities_come_with_each_token_and_do_not_see_the_settings() -> None:
+    model = model_of("mla")
+    (plain,) = Engine(model).generate([[1, 2]], max_new_tokens=4)
+    (got,) = Engine(model).generate([[1, 2]], max_new_tokens=4, top_logprobs=3)
+    assert plain.logprobs is None
+    assert got.logprobs is not None
+    assert got.tokens == plain.tokens == [one.token_id for one in got.logprobs]
+    for place, one in enumerate(got.logprobs):
+        ids = torch.tensor([[1, 2, *got.tokens[:place]]])
+        want = model(ids)[0, -1].log_softmax(-1)
+        assert one.logprob == pytest.approx(want[one.token_id].item(), abs=1e-4)
+        assert [i for i, _ in one.top] == want.topk(3).indices.tolist()
+    (cold,) = Engine(model).generate(
+        [[1, 2]], max_new_tokens=1, top_logprobs=0, temperature=0.1, logit_bias={7: 100.0}
+    )
+    assert cold.logprobs is not None
+    assert cold.logprobs[0].logprob == pytest.approx(
+        model(torch.tensor([[1, 2]]))[0, -1].log_softmax(-1)[7].item(), abs=1e-4
+    )
+
+
+def test_a_request_goes_before_the_engine_and_that_before_the_checkpoint() -> None:
+    model = model_of("gqa")
+    stored = GenerationDefaults(max_new_tokens=3, temperature=1.0, eos_ids=(1,))
+    object.__setattr__(model, "generation_defaults", stored)
+    line = GenerationDefaults(max_new_tokens=5)
+    assert Engine(model).defaults == stored
+    assert Engine(model, defaults=line).defaults == line.over(stored)
+    barred = {1: -100.0}
+    lengths = [
+        len(engine.generate([[2]], logit_bias=barred, max_new_tokens=asked)[0].tokens)
+        for engine in (Engine(model), Engine(model, defaults=line))
+        for asked in (None, 7)
+    ]
+    assert lengths == [3, 7, 5, 7]
+
+
+def test_any_of_several_end_ids_ends_a_text() -> None:
+    words = TOKENIZER.encode("so it is")
+    for end in (TOKENIZER.encode("!")[0], TOKENIZER.encode(";")[0]):
+        model = Scripted([*words, end, *words])
+        ends = GenerationDefaults(eos_ids=(*TOKENIZER.encode("!"), *TOKENIZER.encode(";")))
+        (got,) = Engine(model, TOKENIZER, ends).generate(["a"])  # pyright: ignore
+        assert (got.text, got.tokens[-1], got.finish_reason) == ("so it is", end, "eos")
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ what it raises on bad input can be a panic, which is no ``Exception``.
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,12 +47,26 @@ class Tokenizer:
         vocab_size: number of ids, image ids included.
         text_vocab_size: number of ids before the first image id.
         bos_id, eos_id: what stands before and after every document.
+        begin_ids: what stands before a prompt: ``bos_id``, or nothing for a model that was trained
+            without.
         token_bytes: ``[vocab_size]`` int32, UTF-8 bytes of a token; 0 for special and image ids.
         is_symbol: ``[vocab_size]`` bool, True for the grey levels of images.
     """
 
-    def __init__(self, content: bytes, source: str = "tokenizer.json") -> None:
+    def __init__(
+        self,
+        content: bytes,
+        source: str = "tokenizer.json",
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        add_bos: bool | None = None,
+    ) -> None:
         """Read the content of a ``tokenizer.json``; ``source`` names it in errors.
+
+        Args:
+            bos, eos: names of the tokens, where a file beside it says them; None: known names.
+            add_bos: whether a prompt begins with ``bos``; None: as the content says.
 
         Raises:
             ValueError: damaged, not byte-level BPE, or without begin-of-text or end-of-text token.
@@ -77,9 +92,17 @@ class Tokenizer:
         self._backend.no_padding()
         self.vocab_size = max(ids) + 1
         self._pieces = _pieces(vocab, special, self.vocab_size, source)
+        self._ids = vocab
         self._names = {token_id: name for name, token_id in vocab.items()}
-        self.bos_id = _first_known(BOS_NAMES, vocab, source)
-        self.eos_id = _first_known(EOS_NAMES, vocab, source)
+        self.bos_id = _first_known([bos] if bos else BOS_NAMES, vocab, source)
+        self.eos_id = _first_known([eos] if eos else EOS_NAMES, vocab, source)
+        if add_bos is None:
+            with guarded(f"{source} is not a tokenizer.json that can be read"):
+                begin = self._backend.encode("", add_special_tokens=True).ids
+            add_bos = self.bos_id in begin or BOS in vocab  # ours need no rule to begin with it
+        self.begin_ids = [self.bos_id] if add_bos else []
+        names = sorted((name for name in special if special[name] and name), key=len, reverse=True)
+        self._special_name = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self.text_vocab_size = vocab.get(BEGIN, self.vocab_size)
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
         self.is_symbol = np.zeros(self.vocab_size, np.bool_)
@@ -115,6 +138,26 @@ class Tokenizer:
         """Ids of ``text``; no special token is added or recognised."""
         with guarded("the text cannot be encoded"):
             return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_marked(self, text: str, literal: str = "\0") -> list[int]:
+        """Ids of a text in which names of special tokens mean the tokens, as in a chat template.
+
+        Args:
+            literal: a character that says that the name behind it is plain text; it is left out.
+        """
+        ids: list[int] = []
+        start = 0
+        for match in self._special_name.finditer(text):
+            if text[max(match.start() - 1, 0)] == literal:
+                continue
+            ids += self.encode(text[start : match.start()].replace(literal, ""))
+            ids.append(self._ids[match[0]])
+            start = match.end()
+        return ids + self.encode(text[start:].replace(literal, ""))
+
+    def mark_literal(self, text: str, literal: str = "\0") -> str:
+        """The text with ``literal`` before each name of a special token, and nowhere else."""
+        return self._special_name.sub(lambda m: literal + m[0], text.replace(literal, ""))
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, on several threads."""

@@ -6,7 +6,7 @@ position. What a row gets depends on its prompt, its place in the list and the s
 Shapes: B prompts, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,13 +15,22 @@ from torch import Tensor
 
 from fathom.data.corpus import BUNDLED
 from fathom.data.tokenizer import Tokenizer
-from fathom.generate.sample import Sampling, next_tokens
+from fathom.generate.defaults import GenerationDefaults
+from fathom.generate.sample import (
+    Said,
+    Sampling,
+    TokenLogprob,
+    adjusted,
+    next_tokens,
+    token_logprobs,
+)
 from fathom.generate.text import GrowingText
 from fathom.layers.base import require
 from fathom.layers.cache import Cache
 from fathom.model import Decoder
 
 PREFILL_CHUNK = 512  # prompt tokens per forward: bounds the mask and the logits
+MAX_TOP_LOGPROBS = 20
 BUNDLED_BY_SIZE = {1024: "1k", 4096: "4k"}
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -34,11 +43,13 @@ class Generation:
         text: decoded, up to a stop string; empty without a tokenizer.
         tokens: all generated ids, an end-of-text id included.
         finish_reason: the end-of-text token, a stop string, or ``max_new_tokens``.
+        logprobs: of each token, where ``top_logprobs`` asked for them.
     """
 
     text: str
     tokens: list[int]
     finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass
@@ -48,13 +59,14 @@ class Row:
     prompt: list[int]
     text: GrowingText | None
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
-    def add(self, token_id: int, eos_id: int | None) -> str:
+    def add(self, token_id: int, eos_ids: Collection[int]) -> str:
         """Take a token in; returns the text that became certain."""
         self.tokens.append(token_id)
         piece = ""
-        if token_id == eos_id:
+        if token_id in eos_ids:
             self.finish_reason = "eos"
         elif self.text is not None:
             piece = self.text.add(token_id)
@@ -64,7 +76,8 @@ class Row:
 
     def result(self) -> Generation:
         text = "" if self.text is None else self.text.text
-        return Generation(text, self.tokens, self.finish_reason or "length")
+        reason = self.finish_reason or "length"
+        return Generation(text, self.tokens, reason, self.logprobs or None)
 
 
 def tokenizer_of(model: Decoder) -> Tokenizer | None:
@@ -76,18 +89,32 @@ def tokenizer_of(model: Decoder) -> Tokenizer | None:
     return None if name is None else Tokenizer.load(BUNDLED / f"tokenizer-{name}.json")
 
 
+def defaults_of(model: Decoder) -> GenerationDefaults:
+    """What the checkpoint says that a model was loaded from."""
+    loaded = getattr(model, "generation_defaults", None) or GenerationDefaults()
+    assert isinstance(loaded, GenerationDefaults)
+    return loaded
+
+
 class Engine:
     """Generates with one model on the device where it lies.
 
     Args:
         model: a decoder, as ``fathom.load`` or ``fathom.build`` give it.
         tokenizer: None: the one that came with the model, or the bundled one of its vocabulary
-            size; where there is neither, prompts are token ids and nothing ends a text early.
+            size; where there is neither, prompts are token ids.
+        defaults: for what a request does not say, before those that came with the model.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        defaults: GenerationDefaults | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer or tokenizer_of(model)
+        self.defaults = (defaults or GenerationDefaults()).over(defaults_of(model))
         if self.tokenizer is not None:
             known, made = self.tokenizer.vocab_size, model.cfg.vocab_size
             require(
@@ -100,12 +127,17 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        seed: int = 0,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | Sequence[int] = 0,
+        top_logprobs: int | None = None,
         stop: Sequence[str] = (),
         symbols: bool = False,
         stream: Callable[[int, str], None] | None = None,
@@ -113,8 +145,14 @@ class Engine:
         """Continue each prompt, at most ``max_new_tokens`` tokens or to the end of its text.
 
         Args:
-            prompts: texts (begun with the begin-of-text token) or token ids (taken as they are).
-            temperature, top_k, top_p, min_p, seed: see :class:`Sampling`; 0 is greedy.
+            prompts: texts (begun as the tokenizer begins one) or token ids (taken as they are).
+            max_new_tokens: None: the engine's default, at last 64.
+            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+                frequency_penalty, logit_bias: see :class:`Sampling`; None: the engine's default,
+                at last greedy.
+            seed: one for all prompts, each of which draws on its own; or one for each prompt,
+                which then draws as it would alone.
+            top_logprobs: give log-probabilities too, also of so many of the likeliest tokens.
             stop: strings that end a text; they are not part of it.
             symbols: let the model write image ids too; else they are never chosen.
             stream: called with a prompt's place and each piece of its text, as soon as it is sure.
@@ -123,22 +161,41 @@ class Engine:
             ValueError: a prompt or setting that cannot be; the sentence says what is allowed.
             RuntimeError: the model's logits are not numbers.
         """
-        how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        request = GenerationDefaults(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+        )
+        settings = request.over(self.defaults)
+        generators = self._generators(seed, len(prompts))
+        settings.check()
+        how, length = settings.sampling(0), settings.length
+        _check_top_logprobs(top_logprobs)
         rows = self._rows(prompts, stop)
         if not rows:
             return []
         starts_B = torch.tensor([len(row.prompt) for row in rows], device=self._device)
-        cache = self._new_cache(rows, max_new_tokens)
-        generators = [self._generator(seed, place) for place in range(len(rows))]
-        barred_V = self._barred(symbols=symbols)
+        cache = self._new_cache(rows, length)
+        eos_ids = self._eos_ids(settings)
+        barred_V = self._barred(eos_ids, symbols=symbols)
+        said = self._said(rows, how)
         logits_BV = self._prefill(rows, cache)
-        for left in reversed(range(max_new_tokens)):
-            allowed_BV = logits_BV.masked_fill(barred_V, -torch.inf)
+        for left in reversed(range(length)):
+            allowed_BV = adjusted(logits_BV, how, said).masked_fill(barred_V, -torch.inf)
             tokens_B = next_tokens(allowed_BV, how, generators)
-            self._take(rows, tokens_B.tolist(), stream)
+            if top_logprobs is not None:
+                _note(rows, token_logprobs(logits_BV, tokens_B, top_logprobs))
+            self._take(rows, tokens_B.tolist(), eos_ids, stream)
             if left == 0 or all(row.finish_reason for row in rows):
                 break
+            if said is not None:
+                said.add(tokens_B)
             logits_BV = self.model(tokens_B[:, None], cache=cache, starts_B=starts_B)[:, -1]
             starts_B = starts_B + 1
         self._finish(rows, stream)
@@ -168,7 +225,8 @@ class Engine:
                     f"a prompt of text needs a tokenizer, and none came with this model (of {size} "
                     "ids): give token ids, or Engine(model, tokenizer)"
                 )
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+            ids = [*self.tokenizer.begin_ids, *self.tokenizer.encode(prompt)]
+            return ids or [self.tokenizer.bos_id]  # something must stand before the first token
         ids = list(prompt)
         require(len(ids) >= 1, "a prompt of token ids must hold at least one")
         wrong = [i for i in ids if not 0 <= i < self.model.cfg.vocab_size]
@@ -187,15 +245,39 @@ class Engine:
         )
         return self.model.new_cache(len(rows), longest + max_new_tokens)
 
-    def _generator(self, seed: int, place: int) -> torch.Generator:
-        """A stream of its own for each prompt."""
-        return torch.Generator(self._device).manual_seed((seed * 1_000_003 + place) % 2**63)
+    def _generators(self, seed: int | Sequence[int], n_prompts: int) -> list[torch.Generator]:
+        """A stream of draws of its own for each prompt."""
+        seeds = [seed] * n_prompts if isinstance(seed, int) else list(seed)
+        require(
+            len(seeds) == n_prompts,
+            f"seed must be one number, or one for each of {n_prompts} prompts, got {len(seeds)}",
+        )
+        for each in seeds:
+            Sampling(seed=each)  # checks it
+        places = range(n_prompts) if isinstance(seed, int) else [0] * n_prompts
+        return [
+            torch.Generator(self._device).manual_seed((each * 1_000_003 + place) % 2**63)
+            for each, place in zip(seeds, places, strict=True)
+        ]
 
-    def _barred(self, *, symbols: bool) -> Tensor:
+    def _eos_ids(self, settings: GenerationDefaults) -> Collection[int]:
+        """The ids that end a text: those the settings name, else the tokenizer's."""
+        if settings.eos_ids is not None:
+            return settings.eos_ids
+        return () if self.tokenizer is None else (self.tokenizer.eos_id,)
+
+    def _said(self, rows: list[Row], how: Sampling) -> Said | None:
+        if not how.penalises:
+            return None
+        prompts = [row.prompt for row in rows]
+        return Said(prompts, self.model.cfg.vocab_size, self._device)
+
+    def _barred(self, eos_ids: Collection[int], *, symbols: bool) -> Tensor:
         """bool ``[V]``: ids no text holds (image ids, begin of text, ids without meaning)."""
         barred_V = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool)
         if self.tokenizer is not None:
-            barred_V[self.tokenizer.bos_id] = True
+            if self.tokenizer.bos_id not in eos_ids:  # some vocabularies have one for both
+                barred_V[self.tokenizer.bos_id] = True
             barred_V[self.tokenizer.vocab_size :] = True
             if not symbols:
                 barred_V[self.tokenizer.text_vocab_size :] = True
@@ -215,12 +297,15 @@ class Engine:
         return torch.cat(last)
 
     def _take(
-        self, rows: list[Row], tokens: list[int], stream: Callable[[int, str], None] | None
+        self,
+        rows: list[Row],
+        tokens: list[int],
+        eos_ids: Collection[int],
+        stream: Callable[[int, str], None] | None,
     ) -> None:
-        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
         for place, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):
             if row.finish_reason is None:
-                piece = row.add(token_id, eos_id)
+                piece = row.add(token_id, eos_ids)
                 if piece and stream is not None:
                     stream(place, piece)
 
@@ -230,3 +315,17 @@ class Engine:
             piece = "" if row.text is None else row.text.finish()
             if piece and stream is not None:
                 stream(place, piece)
+
+
+def _check_top_logprobs(top: int | None) -> None:
+    require(
+        top is None or 0 <= top <= MAX_TOP_LOGPROBS,
+        f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}, got {top}",
+    )
+
+
+def _note(rows: list[Row], logprobs: list[TokenLogprob]) -> None:
+    """Keep the log-probabilities of the rows that still go on."""
+    for row, logprob in zip(rows, logprobs, strict=True):
+        if row.finish_reason is None:
+            row.logprobs.append(logprob)

@@ -1,0 +1,82 @@
+"""Defaults of generation: what a folder says, and who goes before whom."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fathom.convert.run_folder import CheckpointError
+from fathom.generate.defaults import GenerationDefaults, read_defaults
+from fathom.generate.sample import Sampling
+
+
+def folder(path: Path, said: object = None, config: object = None) -> Path:
+    if said is not None:
+        (path / "generation_config.json").write_text(json.dumps(said))
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_the_first_who_says_something_wins() -> None:
+    request = GenerationDefaults(temperature=0.0, top_k=5)
+    line = GenerationDefaults(temperature=0.5, top_p=0.9)
+    file = GenerationDefaults(temperature=0.7, top_p=0.8, max_new_tokens=9, eos_ids=(4,))
+    got = request.over(line).over(file)
+    assert got == GenerationDefaults(
+        temperature=0.0, top_k=5, top_p=0.9, max_new_tokens=9, eos_ids=(4,)
+    )
+    assert got.sampling(3) == Sampling(temperature=0.0, top_k=5, top_p=0.9, seed=3)
+    assert got.length == 9
+
+
+def test_what_nobody_says_is_greedy() -> None:
+    assert GenerationDefaults().sampling(0) == Sampling()
+    assert GenerationDefaults().length == 64
+
+
+def test_a_file_that_samples(tmp_path: Path) -> None:
+    said = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": [1, 2], "x": {}}
+    want = GenerationDefaults(temperature=0.6, top_p=0.95, eos_ids=(1, 2))
+    assert read_defaults(folder(tmp_path, said)) == want
+
+
+def test_a_file_that_samples_without_a_temperature_means_1(tmp_path: Path) -> None:
+    got = read_defaults(folder(tmp_path, {"do_sample": True, "top_k": 0}))
+    assert got == GenerationDefaults(temperature=1.0)
+
+
+def test_without_do_sample_the_likeliest_token_is_taken(tmp_path: Path) -> None:
+    said = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 7}
+    got = read_defaults(folder(tmp_path, said))
+    assert got == GenerationDefaults(repetition_penalty=1.1, max_new_tokens=7)
+
+
+def test_end_ids_stand_in_the_config_where_the_other_file_has_none(tmp_path: Path) -> None:
+    assert read_defaults(folder(tmp_path, {}, {"eos_token_id": 5})).eos_ids == (5,)
+    assert read_defaults(folder(tmp_path, {"eos_token_id": 6})).eos_ids == (6,)
+
+
+def test_a_folder_that_says_nothing(tmp_path: Path) -> None:
+    assert read_defaults(tmp_path) == GenerationDefaults()
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"),
+        ({"do_sample": True, "temperature": -1}, "temperature must be at least 0"),
+        ({"do_sample": True, "top_p": 3.0}, "top_p must be from 0 to 1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_k": True}, "top_k is True"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty is"),
+        ({"eos_token_id": ["a"]}, "eos_token_id must be an id or a list of ids"),
+        ({"eos_token_id": [1] * 1001}, "eos_token_id must be"),
+        ({"eos_token_id": True}, "eos_token_id must be"),
+        ([], "is not a JSON object"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tmp_path: Path, said, sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        read_defaults(folder(tmp_path, said))
