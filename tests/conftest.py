@@ -1,5 +1,10 @@
 """Shared by all tests: one thread a worker, and a device that `-m gpu` runs switch to CUDA."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
