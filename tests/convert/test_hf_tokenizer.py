@@ -1,7 +1,6 @@
 """The tokenizer of a folder: which tokens begin and end a text, and who says so."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,11 +9,11 @@ from fathom.convert.run_folder import CheckpointError
 from fathom.data.corpus import BUNDLED
 
 
-def folder(path: Path, config: object = None) -> Path:
-    (path / "tokenizer.json").write_bytes((BUNDLED / "tokenizer-1k.json").read_bytes())
+def files(config: object = None) -> dict[str, bytes]:
+    found = {"tokenizer.json": (BUNDLED / "tokenizer-1k.json").read_bytes()}
     if config is not None:
-        (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
+        found["tokenizer_config.json"] = json.dumps(config).encode()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -27,19 +26,19 @@ def folder(path: Path, config: object = None) -> Path:
         ({"bos_token": None, "eos_token": 5, "add_bos_token": "yes"}, 0, 1, [0]),
     ],
 )
-def test_the_config_beside_it_names_its_tokens(tmp_path, config, bos, eos, begins) -> None:
-    tokenizer = read_hf_tokenizer(folder(tmp_path, config))
+def test_the_config_beside_it_names_its_tokens(config, bos, eos, begins) -> None:
+    tokenizer = read_hf_tokenizer(files(config), "m")
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.begin_ids) == (bos, eos, begins)
 
 
-def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
-        read_hf_tokenizer(tmp_path)
-    with pytest.raises(CheckpointError, match="none of the special tokens <x>"):
-        read_hf_tokenizer(folder(tmp_path, {"bos_token": "<x>"}))
+def test_what_cannot_be_used_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"m has no tokenizer\.json"):
+        read_hf_tokenizer({}, "m")
+    with pytest.raises(CheckpointError, match=r"m/tokenizer\.json has none of the .* <x>"):
+        read_hf_tokenizer(files({"bos_token": "<x>"}), "m")
     with pytest.raises(CheckpointError, match="not a JSON object"):
-        read_hf_tokenizer(folder(tmp_path, [1]))
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.json").symlink_to("/etc/passwd")
-    with pytest.raises(CheckpointError, match="is a link"):
-        read_hf_tokenizer(tmp_path)
+        read_hf_tokenizer(files([1]), "m")
+    with pytest.raises(CheckpointError, match="of at most 64 MB"):
+        read_hf_tokenizer({"tokenizer.json": bytes(64 * 2**20 + 1)}, "m")
+    with pytest.raises(CheckpointError, match="larger than 16 MB"):
+        read_hf_tokenizer({**files(), "tokenizer_config.json": bytes(16 * 2**20 + 1)}, "m")

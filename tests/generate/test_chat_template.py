@@ -141,29 +141,32 @@ def test_messages_that_are_none_are_refused(messages, sentence: str) -> None:
         ids(TURNS, messages)
 
 
-def test_its_own_file_wins_over_the_config(tmp_path: Path) -> None:
-    assert read_chat_template(tmp_path) is None
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text("{}")
-    assert read_chat_template(tmp_path) is None
-    config.write_text(json.dumps({"chat_template": "a"}))
-    assert read_chat_template(tmp_path) == ChatTemplate("a")
+def config(template: object) -> dict[str, bytes]:
+    return {"tokenizer_config.json": json.dumps({"chat_template": template}).encode()}
+
+
+def test_its_own_file_wins_over_the_config() -> None:
+    assert read_chat_template({}, "m") is None
+    assert read_chat_template({"tokenizer_config.json": b"{}"}, "m") is None
+    assert read_chat_template(config("a"), "m") == ChatTemplate("a")
     several = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "c"}]
-    config.write_text(json.dumps({"chat_template": several}))
-    assert read_chat_template(tmp_path) == ChatTemplate("c")
-    (tmp_path / "chat_template.jinja").write_text("dé")
-    assert read_chat_template(tmp_path) == ChatTemplate("dé")
+    assert read_chat_template(config(several), "m") == ChatTemplate("c")
+    both = {**config(several), "chat_template.jinja": "dé".encode()}
+    assert read_chat_template(both, "m") == ChatTemplate("dé")
 
 
-def test_what_is_no_template_is_refused(tmp_path: Path) -> None:
-    config = tmp_path / "tokenizer_config.json"
-    for wrong in (5, {"a": "b"}, "x" * (2**20 + 1)):
-        config.write_text(json.dumps({"chat_template": wrong}))
-        with pytest.raises(CheckpointError, match="is no template"):
-            read_chat_template(tmp_path)
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(CheckpointError, match="is no template"):
-        read_chat_template(tmp_path)
+@pytest.mark.parametrize(
+    "files",
+    [
+        *(config(wrong) for wrong in (5, {"a": "b"}, "x" * (2**20 + 1))),
+        {"chat_template.jinja": b"\xff"},
+        {"tokenizer_config.json": b"[]"},
+    ],
+    ids=range(5),
+)
+def test_what_is_no_template_is_refused(files: dict[str, bytes]) -> None:
+    with pytest.raises(CheckpointError, match=r"is no template|is not a JSON object"):
+        read_chat_template(files, "m")
 
 
 def test_transformers_makes_the_same_text(tmp_path: Path) -> None:
@@ -174,6 +177,6 @@ def test_transformers_makes_the_same_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     want = theirs.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
-    template = read_chat_template(tmp_path)
+    template = read_chat_template({p.name: p.read_bytes() for p in tmp_path.iterdir()}, "m")
     assert template is not None
     assert template.ids(TOKENIZER, HELLO) == want

@@ -1,7 +1,6 @@
 """Defaults of generation: what a folder says, and who goes before whom."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,12 +9,9 @@ from fathom.generate.defaults import GenerationDefaults, read_defaults
 from fathom.generate.sample import Sampling
 
 
-def folder(path: Path, said: object = None, config: object = None) -> Path:
-    if said is not None:
-        (path / "generation_config.json").write_text(json.dumps(said))
-    if config is not None:
-        (path / "config.json").write_text(json.dumps(config))
-    return path
+def read(said: object = None, config: dict | None = None) -> GenerationDefaults:
+    files = {} if said is None else {"generation_config.json": json.dumps(said).encode()}
+    return read_defaults(files, config or {}, "m")
 
 
 def test_the_first_who_says_something_wins() -> None:
@@ -35,30 +31,30 @@ def test_what_nobody_says_is_greedy() -> None:
     assert GenerationDefaults().length == 64
 
 
-def test_a_file_that_samples(tmp_path: Path) -> None:
+def test_a_file_that_samples() -> None:
     said = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": [1, 2], "x": {}}
     want = GenerationDefaults(temperature=0.6, top_p=0.95, eos_ids=(1, 2))
-    assert read_defaults(folder(tmp_path, said)) == want
+    assert read(said) == want
 
 
-def test_a_file_that_samples_without_a_temperature_means_1(tmp_path: Path) -> None:
-    got = read_defaults(folder(tmp_path, {"do_sample": True, "top_k": 0}))
+def test_a_file_that_samples_without_a_temperature_means_1() -> None:
+    got = read({"do_sample": True, "top_k": 0})
     assert got == GenerationDefaults(temperature=1.0)
 
 
-def test_without_do_sample_the_likeliest_token_is_taken(tmp_path: Path) -> None:
+def test_without_do_sample_the_likeliest_token_is_taken() -> None:
     said = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 7}
-    got = read_defaults(folder(tmp_path, said))
+    got = read(said)
     assert got == GenerationDefaults(repetition_penalty=1.1, max_new_tokens=7)
 
 
-def test_end_ids_stand_in_the_config_where_the_other_file_has_none(tmp_path: Path) -> None:
-    assert read_defaults(folder(tmp_path, {}, {"eos_token_id": 5})).eos_ids == (5,)
-    assert read_defaults(folder(tmp_path, {"eos_token_id": 6})).eos_ids == (6,)
+def test_end_ids_stand_in_the_config_where_the_other_file_has_none() -> None:
+    assert read({}, {"eos_token_id": 5}).eos_ids == (5,)
+    assert read({"eos_token_id": 6}).eos_ids == (6,)
 
 
-def test_a_folder_that_says_nothing(tmp_path: Path) -> None:
-    assert read_defaults(tmp_path) == GenerationDefaults()
+def test_a_folder_that_says_nothing() -> None:
+    assert read() == GenerationDefaults()
 
 
 @pytest.mark.parametrize(
@@ -77,6 +73,6 @@ def test_a_folder_that_says_nothing(tmp_path: Path) -> None:
         ([], "is not a JSON object"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(tmp_path: Path, said, sentence: str) -> None:
+def test_what_cannot_be_is_refused_by_name(said, sentence: str) -> None:
     with pytest.raises(CheckpointError, match=sentence):
-        read_defaults(folder(tmp_path, said))
+        read(said)

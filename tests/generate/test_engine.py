@@ -1,6 +1,7 @@
 """The engine against plain full forwards, and what ends, bars and streams a text."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,7 +286,9 @@ def test_log_probabilities_come_with_each_token_and_do_not_see_the_settings() ->
 def test_a_request_goes_before_the_engine_and_that_before_the_checkpoint() -> None:
     model = model_of("gqa")
     stored = GenerationDefaults(max_new_tokens=3, temperature=1.0, eos_ids=(1,))
-    object.__setattr__(model, "generation_defaults", stored)
+    said = b'{"max_new_tokens": 3, "do_sample": true}'
+    origin = SimpleNamespace(files={"generation_config.json": said}, config={"eos_token_id": 1})
+    object.__setattr__(model, "origin", origin)
     line = GenerationDefaults(max_new_tokens=5)
     assert Engine(model).defaults == stored
     assert Engine(model, defaults=line).defaults == line.over(stored)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fathom.convert.files import exists, read_bytes, read_object
-from fathom.convert.hf_tokenizer import MAX_CONFIG_BYTES, TOKENIZER_CONFIG
+from fathom.convert.hf_tokenizer import TOKENIZER_CONFIG, object_in
 from fathom.convert.run_folder import CheckpointError
 from fathom.data.tokenizer import Tokenizer
 from fathom.layers.base import require
@@ -139,22 +138,24 @@ def render(template: str, variables: Mapping[str, object]) -> str:
     return answer["text"]
 
 
-def read_chat_template(folder: Path) -> ChatTemplate | None:
-    """The template of a Hugging Face folder: its own file, else its tokenizer's config.
+def read_chat_template(files: Mapping[str, bytes], source: str) -> ChatTemplate | None:
+    """The template of a Hugging Face checkpoint: its own file, else its tokenizer's config.
+
+    Args:
+        files: name to content.
+        source: where they lie, for messages.
 
     Raises:
         CheckpointError: a file that cannot be read or is no template.
     """
-    if exists(folder, TEMPLATE):
-        return as_template(read_bytes(folder, TEMPLATE, MAX_TEMPLATE_BYTES), str(folder / TEMPLATE))
-    if not exists(folder, TOKENIZER_CONFIG):
-        return None
-    found = read_object(folder, TOKENIZER_CONFIG, MAX_CONFIG_BYTES).get("chat_template")
+    if TEMPLATE in files:
+        return as_template(files[TEMPLATE], f"{source}/{TEMPLATE}")
+    found = object_in(files, TOKENIZER_CONFIG, source).get("chat_template")
     if isinstance(found, list):  # several by name
         named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default")
-    source = f"chat_template in {folder / TOKENIZER_CONFIG}"
-    return None if found is None else as_template(found, source)
+    label = f"chat_template in {source}/{TOKENIZER_CONFIG}"
+    return None if found is None else as_template(found, label)
 
 
 def as_template(content: object, source: str) -> ChatTemplate:

@@ -6,15 +6,14 @@ Four places may say it; the first that does wins: the request, the command line 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
-from fathom.convert.files import exists, read_object
+from fathom.convert.hf_tokenizer import object_in
 from fathom.convert.run_folder import CheckpointError
 from fathom.generate.sample import Sampling
 from fathom.layers.base import require
 
-GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
+GENERATION_CONFIG = "generation_config.json"
 MAX_NEW_TOKENS = 64
 MAX_EOS_IDS = 1000
 KNOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
@@ -69,41 +68,47 @@ class GenerationDefaults:
         return MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
 
-def read_defaults(folder: Path) -> GenerationDefaults:
-    """What a Hugging Face folder says: ``generation_config.json``, end ids also ``config.json``.
+def read_defaults(
+    files: Mapping[str, bytes], config: Mapping[str, Any], source: str
+) -> GenerationDefaults:
+    """What a Hugging Face checkpoint says: ``generation_config.json``, end ids also its config.
 
     As its own code understands them: a temperature counts only with ``do_sample``, and a ``top_k``
     of 0 is none.
 
+    Args:
+        files: name to content.
+        config: its ``config.json``.
+        source: where they lie, for messages.
+
     Raises:
         CheckpointError: a file that cannot be read, or a value that cannot be.
     """
-    said = read_object(folder, GENERATION_CONFIG) if exists(folder, GENERATION_CONFIG) else {}
-    ends = said.get("eos_token_id")
-    if ends is None and exists(folder, CONFIG):
-        ends = read_object(folder, CONFIG).get("eos_token_id")
+    said = object_in(files, GENERATION_CONFIG, source)
+    ends = said.get("eos_token_id", config.get("eos_token_id"))
+    source = f"{source}/{GENERATION_CONFIG}"
     known = {name: said[name] for name in KNOWN if said.get(name) is not None}
     for name, value in known.items():
         whole = name in ("top_k", "max_new_tokens")
         if type(value) not in ((int,) if whole else (int, float)) or not -1e9 < value < 1e9:
-            raise CheckpointError(f"{folder / GENERATION_CONFIG}: {name} is {value!r:.80}")
+            raise CheckpointError(f"{source}: {name} is {value!r:.80}")
     if said.get("do_sample") is not True:
         known = {n: v for n, v in known.items() if n in ("repetition_penalty", "max_new_tokens")}
     else:
         known = {"temperature": 1.0, **known}
     if known.get("top_k") == 0:
         del known["top_k"]
-    defaults = GenerationDefaults(**known, eos_ids=_ids(ends, folder))
+    defaults = GenerationDefaults(**known, eos_ids=_ids(ends, source))
     try:
         defaults.check()
     except ValueError as error:
-        raise CheckpointError(f"{folder / GENERATION_CONFIG}: {error}") from None
+        raise CheckpointError(f"{source}: {error}") from None
     return defaults
 
 
-def _ids(value: Any, folder: Path) -> tuple[int, ...] | None:
+def _ids(value: Any, source: str) -> tuple[int, ...] | None:
     """One id or a list of them."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if len(ids) > MAX_EOS_IDS or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise CheckpointError(f"{folder}: eos_token_id must be an id or a list of ids")
+        raise CheckpointError(f"{source}: eos_token_id must be an id or a list of ids")
     return tuple(ids) or None

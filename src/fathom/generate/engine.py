@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fathom.data.corpus import BUNDLED
 from fathom.data.tokenizer import Tokenizer
-from fathom.generate.defaults import GenerationDefaults
+from fathom.generate.defaults import GenerationDefaults, read_defaults
 from fathom.generate.sample import (
     Said,
     Sampling,
@@ -90,10 +90,15 @@ def tokenizer_of(model: Decoder) -> Tokenizer | None:
 
 
 def defaults_of(model: Decoder) -> GenerationDefaults:
-    """What the checkpoint says that a model was loaded from."""
-    loaded = getattr(model, "generation_defaults", None) or GenerationDefaults()
-    assert isinstance(loaded, GenerationDefaults)
-    return loaded
+    """What the checkpoint says that a model was loaded from.
+
+    Raises:
+        CheckpointError: its ``generation_config.json`` cannot be used.
+    """
+    origin = getattr(model, "origin", None)
+    if origin is None:
+        return GenerationDefaults()
+    return read_defaults(origin.files, origin.config, "the checkpoint")
 
 
 class Engine:
