@@ -114,8 +114,10 @@ def test_saving_never_overwrites_and_names_what_is_missing(tmp_path: Path) -> No
     model = fathom.build("tiny-llama")
     with pytest.raises(ValueError, match="is there already"):
         fathom.save(model, tmp_path)
-    with pytest.raises(ValueError, match="format must be 'fathom', got 'hf'"):
-        fathom.save(model, tmp_path / "new", format="hf")
+    with pytest.raises(ValueError, match="format must be 'fathom' or 'hf', got 'onnx'"):
+        fathom.save(model, tmp_path / "new", format="onnx")  # pyright: ignore
+    with pytest.raises(ValueError, match="dtype goes with format='hf'"):
+        fathom.save(model, tmp_path / "new", dtype="bfloat16")
     with pytest.raises(ValueError, match="no tokenizer of 77 ids"):
         fathom.save(fathom.build("tiny-llama", vocab_size=77), tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -123,7 +125,7 @@ def test_saving_never_overwrites_and_names_what_is_missing(tmp_path: Path) -> No
 
 def test_what_is_not_ours_is_refused_with_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is a Hugging Face checkpoint"):
+    with pytest.raises(CheckpointError, match="model_type is None, but must be one of llama"):
         fathom.load(tmp_path)
     (tmp_path / "old.pt").write_bytes(b"\x80")
     with pytest.raises(CheckpointError, match="is a pickle, which can run code"):

@@ -3,14 +3,19 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from fathom import sizing
 from fathom.attention import ATTENTION, AttentionConfig
 from fathom.config import ModelConfig
+from fathom.convert.checkpoint import HF_CONFIG, is_foreign, read_folder_config
+from fathom.convert.families import read_config
+from fathom.convert.load import load_foreign
 from fathom.convert.run_folder import CONFIG, CheckpointError, load_model, save_model
+from fathom.convert.save import of_model, write_hf
+from fathom.convert.source import PICKLES, Progress
 from fathom.data.tokenizer import Tokenizer
 from fathom.ffn import FFNS, FFNConfig
 from fathom.generate.engine import tokenizer_of
@@ -64,22 +69,27 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    progress: Progress | None = None,
 ) -> Decoder:
     """The model of a run folder (its newest whole checkpoint) or of one checkpoint folder.
 
-    Its tokenizer comes along as ``model.tokenizer``, where :class:`Engine` and ``save`` find it.
+    Ours, or Hugging Face's of Llama, DeepSeek V1, V2, V3, R1, Moonlight, Kimi-K2. The tokenizer
+    comes along as ``model.tokenizer``, where :class:`Engine` and ``save`` find it.
 
     Args:
-        dtype: of the weights; None: as stored.
+        dtype: of the weights; None: as stored (bfloat16 where they are FP8).
+        progress: told of another project's checkpoint: stage, bytes read, bytes in all.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, or not one of ours.
+        CheckpointError: there is none, or it is damaged, or of a kind that is not read.
     """
     if str(path) in PRESETS and not Path(path).exists():
         raise CheckpointError(f"{path} is a preset, which has no weights: use fathom.build")
     path = Path(path)
-    _refuse_what_is_not_ours(path)
+    _refuse_pickles(path)
     wanted = None if dtype is None else as_dtype(dtype)
+    if is_foreign(path):
+        return load_foreign(path, device=device, dtype=wanted, progress=progress)
     model, tokenizer = load_model(path, device=device, dtype=wanted)
     object.__setattr__(model, "tokenizer", tokenizer)  # nn.Module types its own setter narrowly
     return model
@@ -90,24 +100,38 @@ def save(
     out: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
-    format: str = "fathom",
+    format: Literal["fathom", "hf"] = "fathom",
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> None:
-    """Write a model as a new folder that ``load`` reads.
+    """Write a model as a new folder.
 
     Args:
         tokenizer: None: the one that came with the model, or the bundled one of its size.
-        format: only ``fathom`` so far.
+        format: ``fathom``: what ``load`` reads; ``hf``: what transformers, vLLM and SGLang read
+            too.
+        dtype: with ``hf``: float32, bfloat16, float16 or fp8; None: as the model is.
+        force: replace a checkpoint that is at ``out``.
+        progress: with ``hf``: told of the stage, the bytes written, the bytes in all.
 
     Raises:
-        ValueError: ``out`` is there already, no tokenizer is known, or another format is asked for.
+        ValueError: ``out`` is there already, no tokenizer is known, or Hugging Face's families have
+            no such model.
     """
-    require(format == "fathom", f"format must be 'fathom', got {format!r}: no other is written yet")
+    require(format in ("fathom", "hf"), f"format must be 'fathom' or 'hf', got {format!r}")
+    if format == "hf":
+        if tokenizer is None and getattr(model, "origin", None) is None:
+            tokenizer = tokenizer_of(model)
+        write_hf(of_model(model, tokenizer), Path(out), dtype=dtype, force=force, progress=progress)
+        return
+    require(dtype is None, "dtype goes with format='hf': load the model in the dtype you want")
     tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise ValueError(
             f"no tokenizer of {model.cfg.vocab_size} ids came with this model: pass tokenizer="
         )
-    save_model(model, tokenizer, Path(out))
+    save_model(model, tokenizer, Path(out), force=force)
 
 
 def size(
@@ -137,7 +161,9 @@ def _named(model: str | Path) -> ModelConfig:
         if isinstance(model, Path) or path.suffix == ".toml" or len(path.parts) > 1:
             raise ConfigError(f"there is no {path}: give a preset, a config or a run folder")
         return preset(model)
-    _refuse_what_is_not_ours(path)
+    _refuse_pickles(path)
+    if is_foreign(path):
+        return read_config(read_folder_config(path), f"{path / HF_CONFIG}")
     data = read_toml(_config_file(path) if path.is_dir() else path)
     return parse(ModelConfig, with_preset(data)["model"] if "model" in data else data)
 
@@ -148,16 +174,11 @@ def _config_file(folder: Path) -> Path:
     return folder / CONFIG
 
 
-def _refuse_what_is_not_ours(path: Path) -> None:
-    if path.is_file() and path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+def _refuse_pickles(path: Path) -> None:
+    if path.is_file() and path.suffix in PICKLES:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when it is read: give a run folder, or a "
             "checkpoint folder with safetensors"
-        )
-    if (path / "config.json").is_file() and not (path / CONFIG).is_file():
-        raise CheckpointError(
-            f"{path} is a Hugging Face checkpoint: this version reads only its own folders, those "
-            "that fathom train and fathom.save write"
         )
 
 

@@ -8,7 +8,7 @@ store the embedding and the head a second time.
 from fathom.attention import MHAConfig, MLAConfig
 from fathom.config import LayerGroup, ModelConfig
 from fathom.convert.llama import attention_rules, frame_rules, kinds, mlp_rules, norm_rules
-from fathom.convert.rules import Deinterleave, Rename, Rule, StackExperts
+from fathom.convert.rules import Copy, Deinterleave, Rename, Rule, StackExperts
 from fathom.ffn import DenseConfig, MoEConfig
 
 
@@ -27,6 +27,9 @@ def deepseek_rules(cfg: ModelConfig, *, interleaved: bool = True) -> list[Rule]:
         theirs = f"model.layers.{cfg.n_layers + k}."
         rules += mtp_rules(f"mtp.{k}.", theirs)
         rules += layer_rules(f"mtp.{k}.block.", theirs, cfg.groups[-1], interleaved)
+        rules.append(Copy("embed.weight", theirs + "embed_tokens.weight", written=True))
+        head = "embed.weight" if cfg.tie_embeddings else "head.weight"
+        rules.append(Copy(head, theirs + "shared_head.head.weight", written=True))
     return rules
 
 
@@ -90,6 +93,6 @@ def moe_rules(cfg: MoEConfig, ours: str, theirs: str) -> list[Rule]:
 
 
 def mtp_rules(ours: str, theirs: str) -> list[Rule]:
-    """What an MTP module adds to its layer. Its copies of embedding and head are not rules."""
+    """What an MTP module adds to its layer."""
     names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
     return [Rename(f"{ours}{a}.weight", f"{theirs}{b}.weight") for a, b in names.items()]

@@ -1,7 +1,8 @@
 """Rules between our tensors and another project's: each knows both directions.
 
 A family (``llama.py``, ``deepseek.py``) is a list of rules, and the list is its documentation. A
-rule names one tensor of ours and the one or many of theirs that it is made of.
+rule names one tensor of ours and the one or many of theirs that fill it, part by part. A part is a
+view, so a stacked tensor is filled in place and is never held a second time.
 
 Shapes: E experts, O rows (outputs), I columns (inputs).
 """
@@ -22,15 +23,19 @@ class Rule(ABC):
     @property
     @abstractmethod
     def theirs(self) -> Sequence[str]:
-        """Their names, in the order of ``load``'s and ``save``'s tensors."""
+        """Their names, in the order of ``parts``."""
 
-    @abstractmethod
-    def load(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Ours from theirs."""
+    def parts(self, ours: Tensor) -> Sequence[Tensor]:
+        """The views of ours that theirs fill, of the same shapes as theirs."""
+        return (ours,)
 
-    @abstractmethod
-    def save(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Theirs from ours."""
+    def load(self, theirs: Tensor) -> Tensor:
+        """One of theirs, arranged as its part."""
+        return theirs
+
+    def save(self, part: Tensor) -> Tensor:
+        """A part, arranged as theirs: the inverse of ``load``."""
+        return part
 
 
 @dataclass(frozen=True)
@@ -44,29 +49,17 @@ class Rename(Rule):
     def theirs(self) -> Sequence[str]:
         return (self.name,)
 
-    def load(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0]
-
-    def save(self, tensor: Tensor) -> Sequence[Tensor]:
-        return (tensor,)
-
 
 @dataclass(frozen=True)
-class Deinterleave(Rule):
+class Deinterleave(Rename):
     """RoPE rows: theirs turn adjacent pairs, ours turn halves.
 
     Rows come in heads of ``head_width``; the last ``rope_width`` rows of each are reordered, even
     ones first. Scores do not change, for queries and keys are reordered alike.
     """
 
-    ours: str
-    name: str
     head_width: int
     rope_width: int
-
-    @property
-    def theirs(self) -> Sequence[str]:
-        return (self.name,)
 
     def _order(self, rows: int) -> Tensor:
         pairs = torch.arange(self.rope_width).view(-1, 2).T.flatten()
@@ -75,62 +68,48 @@ class Deinterleave(Rule):
         starts = torch.arange(0, rows, self.head_width)
         return (starts[:, None] + head).flatten()
 
-    def load(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0][self._order(len(tensors[0]))]
+    def load(self, theirs: Tensor) -> Tensor:
+        return theirs[self._order(len(theirs))]
 
-    def save(self, tensor: Tensor) -> Sequence[Tensor]:
-        return (tensor[self._order(len(tensor)).argsort()],)
+    def save(self, part: Tensor) -> Tensor:
+        return part[self._order(len(part)).argsort()]
 
 
 @dataclass(frozen=True)
 class StackExperts(Rule):
     """One tensor ``[E, ...]`` from each expert's own; several parts are joined along the rows.
 
-    ``parts`` holds, for each expert, the names of its parts (``gate_proj``, ``up_proj``), which
+    ``names`` holds, for each expert, the names of its parts (``gate_proj``, ``up_proj``), which
     have equally many rows.
     """
 
     ours: str
-    parts: tuple[tuple[str, ...], ...]
+    names: tuple[tuple[str, ...], ...]
 
     @property
     def theirs(self) -> Sequence[str]:
-        return tuple(name for expert in self.parts for name in expert)
+        return tuple(name for expert in self.names for name in expert)
 
-    def load(self, tensors: Sequence[Tensor]) -> Tensor:
-        count = len(self.parts[0])
-        experts = [tensors[i : i + count] for i in range(0, len(tensors), count)]
-        return torch.stack([torch.cat(list(expert)) for expert in experts])
-
-    def save(self, tensor: Tensor) -> Sequence[Tensor]:
-        count = len(self.parts[0])
-        return tuple(part for expert in tensor for part in expert.chunk(count))
+    def parts(self, ours: Tensor) -> Sequence[Tensor]:
+        count = len(self.names[0])
+        return tuple(part for expert in ours for part in expert.chunk(count))
 
 
-def load_tensors(rules: Sequence[Rule], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors from theirs, every key accounted for.
+@dataclass(frozen=True)
+class Copy(Rename):
+    """A second copy of a tensor that another rule fills: compared when read, and optional.
 
-    Raises:
-        ValueError: a tensor is missing, or one is left over.
+    Args:
+        written: whether saving writes the copy too.
     """
-    names = [name for rule in rules for name in rule.theirs]
-    missing = [name for name in names if name not in theirs]
-    if missing:
-        raise ValueError(_sentence("lacks", missing, "the config asks for it"))
-    surplus = sorted(set(theirs) - set(names))
-    if surplus:
-        raise ValueError(_sentence("holds", surplus, "no rule reads it"))
-    return {rule.ours: rule.load([theirs[name] for name in rule.theirs]) for rule in rules}
+
+    written: bool
 
 
-def save_tensors(rules: Sequence[Rule], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors from ours: the inverse of :func:`load_tensors`."""
-    saved: dict[str, Tensor] = {}
-    for rule in rules:
-        saved.update(zip(rule.theirs, rule.save(ours[rule.ours]), strict=True))
-    return saved
-
-
-def _sentence(verb: str, names: Sequence[str], why: str) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"the checkpoint {verb} the tensor {names[0]}{more}, and {why}"
+def filled_by(rules: Sequence[Rule], ours: Mapping[str, Tensor]) -> dict[str, tuple[Rule, Tensor]]:
+    """For each of their names the rule, and the view of ours that it fills."""
+    return {
+        name: (rule, part)
+        for rule in rules
+        for name, part in zip(rule.theirs, rule.parts(ours[rule.ours]), strict=True)
+    }

@@ -51,12 +51,19 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
 
     A folder already at ``final`` is replaced. If the block fails, nothing is left of it.
     """
+    with new_folder(final) as folder:
+        yield folder
+        seal(folder)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """The same for a folder that is no checkpoint of ours: no manifest is added."""
     final.parent.mkdir(parents=True, exist_ok=True)
     folder = _temporary(final)
     folder.mkdir()
     try:
         yield folder
-        seal(folder)
         commit(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,17 +127,34 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
 
 
-def save_model(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
+def save_model(model: Decoder, tokenizer: Tokenizer, out: Path, *, force: bool = False) -> None:
     """Write a model as a folder that ``load_model`` reads.
+
+    Args:
+        force: replace the checkpoint at ``out``.
 
     Raises:
         ValueError: ``out`` is there already.
     """
-    if out.exists():
-        raise ValueError(f"{out} is there already: name another folder")
+    require_free(out, force=force)
     with new_checkpoint(out) as folder:
         config = tomli_w.dumps({"model": to_data(model.cfg)})
         write_model(folder, model, tokenizer, config)
+
+
+def require_free(out: Path, *, force: bool) -> None:
+    """Refuse to write where something is, but for a checkpoint that may be replaced.
+
+    Raises:
+        ValueError: ``out`` is there already, or is no checkpoint.
+    """
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise ValueError(f"{out} is there already: name another folder, or give --force")
+    names = set(os.listdir(out)) if out.is_dir() and not out.is_symlink() else {"a file"}
+    if names and not names & {CONFIG, "config.json"}:
+        raise ValueError(f"{out} is no checkpoint, so it is not replaced: name another folder")
 
 
 def write_model(folder: Path, model: Decoder, tokenizer: Tokenizer, config: str) -> None:
@@ -275,7 +299,7 @@ def load_model(
     shapes = tensor_shapes(folder / MODEL)
     check_shapes(cfg, shapes, folder)
     stored = getattr(torch, _stored_dtype(folder / MODEL))
-    model = _uninitialised(cfg, torch.device(device), dtype or stored)
+    model = uninitialised(cfg, torch.device(device), dtype or stored)
     copy_tensors(folder / MODEL, model.state_dict())
     return model, tokenizer
 
@@ -370,7 +394,8 @@ def _stored_dtype(path: Path) -> str:
         return names[file.get_slice("embed.weight").get_dtype()]
 
 
-def _uninitialised(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+def uninitialised(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """A model whose weights are whatever was in memory, to be filled."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -14,7 +14,7 @@ import os
 import struct
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +45,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_FILES = 10_000
 MAX_DIMS = 8
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
 
 @dataclass(frozen=True)
