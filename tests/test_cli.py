@@ -1,5 +1,6 @@
 """The command line: quick help, settings anywhere, exit codes, and a last line that helps."""
 
+import io
 import json
 import subprocess
 import sys
@@ -35,8 +36,11 @@ VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "report": "",
     "train": "--out --size --deterministic --set --import",
     "compare": "--margin --format --import",
-    "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --min-p --seed --stop "
+    "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --min-p "
+    "--repetition-penalty --presence-penalty --frequency-penalty --seed --stop --top-logprobs "
     "--symbols --device --dtype --format --import",
+    "chat": "--system --max-new-tokens --temperature --top-k --top-p --min-p "
+    "--repetition-penalty --presence-penalty --frequency-penalty --seed --device --dtype --import",
     "size": "--seq-len --cache-dtype --format --set --import",
     "presets": "--format",
     "config": "--keys --schema --set --import",
@@ -357,6 +361,24 @@ def test_generate_takes_several_prompts(trained: Path, capsys) -> None:
     lines = capsys.readouterr().out
     assert lines.startswith("one")
     assert "\ntwo" in lines
+
+
+def test_generate_gives_log_probabilities(trained: Path, capsys) -> None:
+    ask = ["--prompt", "a", "--max-new-tokens", "2", "--top-logprobs", "1", "--format", "json"]
+    assert run("generate", str(trained), *ask, "--frequency-penalty", "0.5") == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert [one["token_id"] for one in result["logprobs"]] == result["tokens"]
+    assert all(len(one["top"]) == 1 and one["logprob"] < 0 for one in result["logprobs"])
+
+
+def test_chat_reads_a_pipe_and_writes_answers_alone(trained: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/set max_new_tokens=3\nWho are you?\n/dance\n"))
+    assert run("chat", str(trained)) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\n")
+    assert "has no chat template: it sees plain turns" in err
+    assert "the answer was cut at 3 tokens" in err
+    assert last_line(err) == "[error: no command is called /dance: see /help]"
 
 
 def test_generate_says_so_when_there_is_no_text(monkeypatch, capsys) -> None:

@@ -44,6 +44,15 @@ Data = Annotated[
     str | None, typer.Option("--data", metavar="DIR", help="A prepared corpus, or bundled.")
 ]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Context in tokens.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="At most so many tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0: always the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Of the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Of the likeliest up to p in sum.")]
+MinP = Annotated[float | None, typer.Option(help="Of those this share as likely.")]
+Repetition = Annotated[float | None, typer.Option(help="Above 1: against words that stand there.")]
+Presence = Annotated[float | None, typer.Option(help="Off each token that was written.")]
+Frequency = Annotated[float | None, typer.Option(help="The same, each time it was written.")]
+Seed = Annotated[int, typer.Option(help="Of the draws, and of a preset's weights.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, checkpoint or preset.")]
 
 app = typer.Typer(
@@ -231,13 +240,19 @@ def compare(
 def generate(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Of the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of the likeliest up to p in sum.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Of those this share as likely.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws, and of a preset's weights.")] = 0,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Repetition = None,
+    presence_penalty: Presence = None,
+    frequency_penalty: Frequency = None,
+    seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string.")] = None,
+    top_logprobs: Annotated[
+        int | None, typer.Option(help="With json: log-probabilities, also of the N likeliest.")
+    ] = None,
     symbols: Annotated[bool, typer.Option("--symbols", help="Image ids too.")] = False,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -245,6 +260,8 @@ def generate(
     imports: Imports = None,
 ) -> None:
     """Continue a prompt with a trained model (or with a preset's random weights).
+
+    What is not given is as the model's generation_config.json says, else greedy.
 
     \b
     Example:
@@ -267,7 +284,11 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
+        top_logprobs=top_logprobs,
         stop=stop or (),
         symbols=symbols,
         stream=(lambda _, piece: _piece(piece)) if live else None,
@@ -292,6 +313,59 @@ REASONS = {
 def _piece(text: str) -> None:
     typer.echo(console.clean(text), nl=False)
     sys.stdout.flush()
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Repetition = None,
+    presence_penalty: Presence = None,
+    frequency_penalty: Frequency = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    imports: Imports = None,
+) -> None:
+    """Talk with a model: by its chat template, or in plain turns where it has none.
+
+    \b
+    Example:
+      fathom chat smollm2-135m --system "Answer in one sentence."
+      echo "Who are you?" | fathom chat smollm2-135m
+    """
+    from fathom.generate import Engine
+    from fathom.generate.chat import Chat, talk, template_of
+    from fathom.generate.chat_template import PLAIN_TEMPLATE
+    from fathom.generate.defaults import GenerationDefaults
+    from fathom.targets import is_preset, open_model, pick
+
+    line = GenerationDefaults(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+    )
+    line.check()
+    built = open_model(model, device=pick(device), dtype=dtype, seed=seed)
+    if is_preset(model):
+        typer.echo(f"{model} is a preset: its weights are random", err=True)
+    template = template_of(built)
+    if template is PLAIN_TEMPLATE:
+        typer.echo(f"{model} has no chat template: it sees plain turns, User: ... and", err=True)
+        typer.echo("Assistant: ..., which it may not have been trained for", err=True)
+    note = console.note
+    conversation = Chat(Engine(built, defaults=line), template, system=system, seed=seed, warn=note)
+    talk(conversation, console.line_reader("/help for help"), _piece, note)
 
 
 @app.command(cls=console.VerbWithSettings)

@@ -3,12 +3,13 @@
 Imports nothing heavy: ``--help`` passes through here.
 """
 
+import contextlib
 import importlib
 import json
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -85,6 +86,21 @@ def clean(text: str) -> str:
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
+
+
+def note(sentence: str) -> None:
+    """To people, beside what a verb gives out."""
+    typer.echo(f"[{clean(sentence)}]" if "\n" not in sentence else clean(sentence), err=True)
+
+
+def line_reader(greeting: str) -> Callable[[], str]:
+    """Lines of standard input: with a greeting, a prompt and editing on a terminal alone."""
+    if not sys.stdin.isatty():
+        return input
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  input() edits with it
+    note(greeting)
+    return lambda: input("> ")
 
 
 def show_json(data: object) -> None:
