@@ -6,6 +6,7 @@ A link that stands alone in its paragraph expands, if its title says so; on a co
 a link. The menu is the list of links in ``index.md``, which must name every page.
 
     [`MLA.absorbed`](../src/fathom/attention/mla.py "code")      the shipped source of that name
+    [`build`](../src/fathom/api.py "api")                        its signature and docstring
     [mla, gqa](../studies/demo-cpu/results.json "verdict")       what the demo said of these arms
 """
 
@@ -163,7 +164,7 @@ def _expansion(tokens: Sequence[Token], at: int) -> object:
     kinds = [part.type for part in parts]
     alone = kinds[:1] == ["link_open"] and kinds.index("link_close") == len(kinds) - 1
     title = parts[0].attrGet("title") if alone else None
-    return title if title in ("code", "verdict") else None
+    return title if title in ("code", "api", "verdict") else None
 
 
 def _expanded(site: Site, path: Path, inline: Token, kind: object) -> list[Token]:
@@ -175,11 +176,15 @@ def _expanded(site: Site, path: Path, inline: Token, kind: object) -> list[Token
     names = [child.content for child in inner if child.type == "code_inline"]
     where = file.relative_to(site.root).as_posix() if file.is_relative_to(site.root) else str(file)
     caption = Token("html_block", "", 0, content=f'<p class="source">{where}</p>\n')
-    return [caption, Token("fence", "code", 0, info="python", content=source_of(file, names))]
+    source = source_of(file, names, outline=kind == "api")
+    return [caption, Token("fence", "code", 0, info="python", content=source)]
 
 
-def source_of(file: Path, names: Sequence[str]) -> str:
+def source_of(file: Path, names: Sequence[str], *, outline: bool = False) -> str:
     """The source of classes, functions, methods (``Class.method``) or constants of a file.
+
+    Args:
+        outline: stop behind the docstring.
 
     Raises:
         PageError: no such file, or a name that is not in it.
@@ -199,8 +204,15 @@ def source_of(file: Path, names: Sequence[str]) -> str:
             raise PageError(f"{file.name} has no {name}")
         decorators = getattr(node, "decorator_list", [])
         first = min(part.lineno for part in (node, *decorators))
-        parts.append(textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno])))
+        last = _docstring_end(node) if outline else node.end_lineno
+        parts.append(textwrap.dedent("\n".join(lines[first - 1 : last])))
     return "\n\n".join(parts) + "\n"
+
+
+def _docstring_end(node: ast.stmt) -> int | None:
+    body: list[ast.stmt] = getattr(node, "body", [])
+    has_docstring = isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
+    return body[0].end_lineno if has_docstring else node.end_lineno
 
 
 def _names(node: ast.stmt) -> list[str]:

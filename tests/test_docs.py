@@ -24,6 +24,7 @@ import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+import fathom
 from fathom import cli, settings
 from fathom.attention import ATTENTION
 from fathom.config import LayerGroup, ModelConfig, MTPConfig
@@ -161,6 +162,19 @@ def test_a_link_alone_expands_to_the_source_of_its_names(small):
 
 def test_a_class_is_shown_with_its_decorators(small):
     assert build.source_of(small / "src/part.py", ["Part"]).startswith("@final\nclass Part:")
+
+
+def test_an_outline_ends_with_the_docstring() -> None:
+    shown = build.source_of(ROOT / "src/fathom/model/mtp.py", ["shorten"], outline=True)
+    first, second = shown.splitlines()
+    assert first == "def shorten(step: Step, depth: int) -> Step:"
+    assert second.strip().startswith('"""')
+
+
+def test_every_public_function_has_its_place_on_the_page_of_the_api() -> None:
+    named = set(spans(ROOT / "docs" / "api.md"))
+    shown = {name for span in named for name in (span, span.removeprefix("fathom."))}
+    assert [name for name in fathom.__all__ if name not in shown] == []
 
 
 def test_shown_code_is_the_codes_own_text() -> None:
@@ -321,8 +335,10 @@ def verbs(command: Any, prefix: str = "") -> Iterator[tuple[str, set[str]]]:
 
 
 def test_every_verb_and_option_that_a_page_names_exists() -> None:
-    known = dict(verbs(typer.main.get_command(cli.app)))
+    root = typer.main.get_command(cli.app)
+    known = dict(verbs(root))
     every = {option for options in known.values() for option in options}
+    every |= {option for param in root.params for option in param.opts}
     every |= {"--help", "--debug", "--train.lr"}  # any config key is an option
     for page, path in PAGES.items():
         for span in spans(path):
