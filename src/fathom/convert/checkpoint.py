@@ -123,8 +123,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     origin = Origin(config, side_files(folder))
     if not exists(folder, HF_CONFIG):
         tensors = Renamed(FolderSource(folder, [META_WEIGHTS]), to_hugging_face)
+        require_as_many(cfg, tensors, folder)
         return Checkpoint(folder, cfg, llama_rules(cfg, interleaved=True), tensors, origin)
     tensors = _open_tensors(folder)
+    require_as_many(cfg, tensors, folder)
     family = family_of(HFConfig(config, source))
     lowest = f"model.layers.{cfg.n_layers}."
     if cfg.mtp is not None and not any(name.startswith(lowest) for name in tensors.entries):
@@ -170,11 +172,6 @@ def check(checkpoint: Checkpoint) -> dict[str, tuple[Rule, Tensor]]:
     """
     cfg, path = checkpoint.cfg, checkpoint.path
     entries = Dequantised(checkpoint.source).entries
-    at_least = sum(7 + _num_expert_tensors(group.ffn) for group in cfg.layers())
-    if at_least > len(entries):
-        raise CheckpointError(
-            f"{path} holds {len(entries):,} tensors, and its config asks for at least {at_least:,}"
-        )
     needed = layout(cfg, checkpoint.rules)
     family = checkpoint.family
     missing = [n for n, (rule, _) in needed.items() if n not in entries and type(rule) is not Copy]
@@ -204,8 +201,20 @@ def layout(cfg: ModelConfig, rules: list[Rule]) -> dict[str, tuple[Rule, Tensor]
         return filled_by(rules, Decoder(cfg).state_dict())
 
 
-def _num_expert_tensors(ffn: object) -> int:
-    return 3 * ffn.n_routed_experts if isinstance(ffn, MoEConfig) else 0
+def require_as_many(cfg: ModelConfig, source: TensorSource, path: Path) -> None:
+    """Refuse a config of more tensors than there are, before their names are made.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    ffns = [group.ffn for group in cfg.layers()]
+    experts = sum(ffn.n_routed_experts for ffn in ffns if isinstance(ffn, MoEConfig))
+    at_least = 7 * cfg.n_layers + 3 * experts
+    if at_least > len(source.entries):
+        raise CheckpointError(
+            f"{path} holds {len(source.entries):,} tensors, and its config asks for at least "
+            f"{at_least:,}"
+        )
 
 
 def _sentence(verb: str, names: list[str], why: str) -> str:

@@ -99,7 +99,7 @@ class Dequantised(TensorSource):
         self._entries = {
             name: self._entry(name, found) if name in self._scaled else entry
             for name, entry in found.items()
-            if name.removesuffix(SCALE) not in self._scaled
+            if not name.endswith(SCALE) or name.removesuffix(SCALE) not in self._scaled
         }
 
     def _entry(self, name: str, found: Mapping[str, Entry]) -> Entry:
