@@ -12,6 +12,7 @@ from fathom.attention import ATTENTION, AttentionConfig
 from fathom.config import ModelConfig
 from fathom.convert.checkpoint import HF_CONFIG, is_foreign, read_folder_config
 from fathom.convert.families import read_config
+from fathom.convert.gguf import is_gguf, open_gguf
 from fathom.convert.load import load_foreign
 from fathom.convert.run_folder import CONFIG, CheckpointError, load_model, save_model
 from fathom.convert.save import of_model, write_hf
@@ -73,8 +74,9 @@ def load(
 ) -> Decoder:
     """The model of a run folder (its newest whole checkpoint) or of one checkpoint folder.
 
-    Ours, or Hugging Face's of Llama, DeepSeek V1, V2, V3, R1, Moonlight, Kimi-K2. The tokenizer
-    comes along as ``model.tokenizer``, where :class:`Engine` and ``save`` find it.
+    Ours, or Hugging Face's of Llama, DeepSeek V1, V2, V3, R1, Moonlight, Kimi-K2, or a GGUF file
+    of a Llama. The tokenizer comes along as ``model.tokenizer``, where :class:`Engine` and ``save``
+    find it.
 
     Args:
         dtype: of the weights; None: as stored (bfloat16 where they are FP8).
@@ -88,7 +90,7 @@ def load(
     path = Path(path)
     _refuse_pickles(path)
     wanted = None if dtype is None else as_dtype(dtype)
-    if is_foreign(path):
+    if is_foreign(path) or is_gguf(path):
         return load_foreign(path, device=device, dtype=wanted, progress=progress)
     model, tokenizer = load_model(path, device=device, dtype=wanted)
     object.__setattr__(model, "tokenizer", tokenizer)  # nn.Module types its own setter narrowly
@@ -162,6 +164,8 @@ def _named(model: str | Path) -> ModelConfig:
             raise ConfigError(f"there is no {path}: give a preset, a config or a run folder")
         return preset(model)
     _refuse_pickles(path)
+    if is_gguf(path):
+        return open_gguf(path).cfg
     if is_foreign(path):
         return read_config(read_folder_config(path), f"{path / HF_CONFIG}")
     data = read_toml(_config_file(path) if path.is_dir() else path)

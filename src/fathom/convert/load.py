@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fathom.convert.checkpoint import Checkpoint, check, open_checkpoint
 from fathom.convert.fp8 import E4M3, Dequantised
+from fathom.convert.gguf import is_gguf, open_gguf
 from fathom.convert.hf_tokenizer import read_hf_tokenizer
 from fathom.convert.rules import Copy, Rule, filled_by
 from fathom.convert.run_folder import CheckpointError, uninitialised
@@ -41,7 +42,7 @@ def load_foreign(
     Raises:
         CheckpointError: what cannot be used, by file, key or tensor.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(path)
     model = fill(checkpoint, device=device, dtype=dtype, progress=progress)
     # nn.Module types its own setter narrowly
     object.__setattr__(model, "origin", checkpoint.origin)
