@@ -41,6 +41,7 @@ VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "--symbols --device --dtype --format --import",
     "chat": "--system --max-new-tokens --temperature --top-k --top-p --min-p "
     "--repetition-penalty --presence-penalty --frequency-penalty --seed --device --dtype --import",
+    "fetch": "",
     "size": "--seq-len --cache-dtype --format --set --import",
     "presets": "--format",
     "config": "--keys --schema --set --import",
@@ -379,6 +380,17 @@ def test_chat_reads_a_pipe_and_writes_answers_alone(trained: Path, capsys, monke
     assert "has no chat template: it sees plain turns" in err
     assert "the answer was cut at 3 tokens" in err
     assert last_line(err) == "[error: no command is called /dance: see /help]"
+
+
+def test_fetch_lists_models_and_a_name_says_when_it_is_not_there(
+    capsys, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert run("fetch") == 0
+    assert "Apache-2.0" in capsys.readouterr().out
+    assert run("generate", "smollm2-135m") == 3
+    line = "error: smollm2-135m is not here yet: fathom fetch smollm2-135m"
+    assert last_line(capsys.readouterr().err) == line
 
 
 def test_generate_says_so_when_there_is_no_text(monkeypatch, capsys) -> None:

@@ -12,6 +12,7 @@ from fathom.attention import ATTENTION, AttentionConfig
 from fathom.config import ModelConfig
 from fathom.convert.checkpoint import HF_CONFIG, is_foreign, read_folder_config
 from fathom.convert.families import read_config
+from fathom.convert.fetch import located
 from fathom.convert.gguf import is_gguf, open_gguf
 from fathom.convert.load import load_foreign
 from fathom.convert.run_folder import CONFIG, CheckpointError, load_model, save_model
@@ -72,7 +73,7 @@ def load(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Decoder:
-    """The model of a run folder (its newest whole checkpoint) or of one checkpoint folder.
+    """The model of a run folder (its newest whole checkpoint), a checkpoint, or a fetched name.
 
     Ours, or Hugging Face's of Llama, DeepSeek V1, V2, V3, R1, Moonlight, Kimi-K2, or a GGUF file
     of a Llama. The tokenizer comes along as ``model.tokenizer``, where :class:`Engine` and ``save``
@@ -87,7 +88,7 @@ def load(
     """
     if str(path) in PRESETS and not Path(path).exists():
         raise CheckpointError(f"{path} is a preset, which has no weights: use fathom.build")
-    path = Path(path)
+    path = located(path)
     _refuse_pickles(path)
     wanted = None if dtype is None else as_dtype(dtype)
     if is_foreign(path) or is_gguf(path):
@@ -158,7 +159,7 @@ def resolve(
 
 
 def _named(model: str | Path) -> ModelConfig:
-    path = Path(model)
+    path = located(model)
     if str(model) in PRESETS or not path.exists():
         if isinstance(model, Path) or path.suffix == ".toml" or len(path.parts) > 1:
             raise ConfigError(f"there is no {path}: give a preset, a config or a run folder")

