@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fathom
 from fathom.convert.families import read_config
-from peers import CASES, IDS, NEW_TOKENS, hf_load, hf_logits
+from peers import CASES, IDS, LLAMA, NEW_TOKENS, V2, hf_load, hf_logits, hf_model
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -54,3 +54,41 @@ def test_what_is_written_is_loaded_by_transformers(peer, case, tmp_path):
     theirs = peer(case)
     fathom.save(fathom.load(theirs.folder), tmp_path / "out", format="hf")
     assert torch.equal(hf_logits(hf_load(tmp_path / "out")), theirs.logits)
+
+
+def test_v1_is_llama_with_the_experts_of_v2(tmp_path):
+    """transformers has no class for V1: its parts are put together here."""
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    theirs = hf_model({**LLAMA, "num_key_value_heads": 4, "num_hidden_layers": 3})
+    moe = {key: value for key, value in V2.items() if key != "model_type"}
+    moe_config = DeepseekV2Config(**{**moe, "intermediate_size": 44})
+    moe_config._experts_implementation = "eager"
+    for layer in theirs.model.layers[1:]:
+        layer.mlp = DeepseekV2Moe(moe_config).eval()
+        for parameter in layer.mlp.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.15)
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in theirs.state_dict().items():
+        stored |= one_by_one(name, tensor) if ".experts." in name else {name: tensor}
+    config = {**LLAMA, **{key: moe[key] for key in moe if "expert" in key or "moe" in key}}
+    config |= {"model_type": "deepseek", "num_hidden_layers": 3, "first_k_dense_replace": 1}
+    config |= {"num_key_value_heads": 4, "norm_topk_prob": False}
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = fathom.load(tmp_path)
+    torch.testing.assert_close(model(IDS), hf_logits(theirs), rtol=0, atol=1e-4)
+    fathom.save(model, tmp_path / "out", format="hf")
+    assert same_bits(tensors(tmp_path / "out"), stored)
+
+
+def one_by_one(name: str, stacked: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The experts of a stacked tensor of transformers, as they lie on disk."""
+    prefix, _, kind = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    return {
+        f"{prefix}.{e}.{part}.weight": tensor.clone()
+        for e, expert in enumerate(stacked)
+        for part, tensor in zip(parts, expert.chunk(len(parts)), strict=True)
+    }
