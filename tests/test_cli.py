@@ -338,8 +338,11 @@ def test_ones_own_text_is_prepared_and_never_overwritten(prepared: Path, capsys)
 def test_ones_own_text_is_trained_on_and_continued(prepared: Path, tmp_path: Path, capsys) -> None:
     out = str(tmp_path / "run")
     assert run("train", *own_run(prepared), "--out", out) == 0
-    assert run("eval", out, "--data", "bundled") == 3
-    assert "another tokenizer" in last_line(capsys.readouterr().err)
+    capsys.readouterr()
+    assert run("eval", out, "--data", "bundled", "--max-bytes", "300", "--format", "json") == 0
+    got = json.loads(capsys.readouterr().out)
+    assert set(got["by_domain"]) == {"prose", "zh", "code", "maths"}
+    assert got["symbols"] == {}
     assert run("generate", out, "--max-new-tokens", "3", "--prompt", "so") == 0
     assert capsys.readouterr().out.startswith("so")
 
@@ -412,8 +415,22 @@ def test_eval_measures_each_domain(trained: Path, capsys) -> None:
     assert got["data"] == "bundled"
     assert set(got["by_domain"]) == {"prose", "zh", "code", "maths"}
     assert sum(got["by_domain"].values()) / 4 == pytest.approx(got["val_bpb"])
+    assert list(got["by_place"]) == ["0", "4", "8", "16"]
     assert run("eval", str(trained), "--max-bytes", "500") == 0
     assert "bits per symbol" in capsys.readouterr().out
+
+
+def test_eval_reads_files_of_text(trained: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/note.txt").write_text("It is a truth. " * 9)
+    (tmp_path / "one.txt").write_text("Universally. " * 9)
+    for source, domain in ((tmp_path, "mine"), (tmp_path / "one.txt", "text")):
+        assert run("eval", str(trained), "--data", str(source), "--format", "json") == 0
+        got = json.loads(capsys.readouterr().out)
+        assert domain in got["by_domain"]
+        assert got["data"] == str(source)
+    assert run("eval", str(trained), "--data", str(trained)) == 3
+    assert "there is no text to read" in last_line(capsys.readouterr().err)
 
 
 def test_probe_prints_a_record(trained: Path, capsys) -> None:

