@@ -10,13 +10,19 @@ import torch
 from fathom import sizing
 from fathom.attention import ATTENTION, AttentionConfig
 from fathom.config import ModelConfig
-from fathom.convert.checkpoint import HF_CONFIG, is_foreign, read_folder_config
+from fathom.convert.checkpoint import (
+    HF_CONFIG,
+    is_foreign,
+    open_checkpoint,
+    read_folder_config,
+)
 from fathom.convert.families import read_config
 from fathom.convert.fetch import located
 from fathom.convert.gguf import is_gguf, open_gguf
 from fathom.convert.load import load_foreign
 from fathom.convert.run_folder import CONFIG, CheckpointError, load_model, save_model
-from fathom.convert.save import of_model, write_hf
+from fathom.convert.save import DTYPES as SAVED
+from fathom.convert.save import of_folder, of_model, write_hf
 from fathom.convert.source import PICKLES, Progress
 from fathom.data.tokenizer import Tokenizer
 from fathom.ffn import FFNS, FFNConfig
@@ -135,6 +141,59 @@ def save(
             f"no tokenizer of {model.cfg.vocab_size} ids came with this model: pass tokenizer="
         )
     save_model(model, tokenizer, Path(out), force=force)
+
+
+def convert_model(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: Literal["fathom", "hf"] = "hf",
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint in another format or type: :func:`load`, then :func:`save`.
+
+    From one Hugging Face folder to another, tensors are streamed with no model in memory, and all
+    that is not asked to change stays as it is, FP8 too.
+
+    Args:
+        dtype: float32, bfloat16, float16, or (with ``hf``) fp8; None: as it is.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ValueError: as :func:`save`.
+    """
+    require(dtype is None or dtype in SAVED, f"dtype must be one of {SAVED}, got {dtype!r}")
+    path = located(model)
+    if format == "hf" and is_foreign(path):
+        opened = open_checkpoint(path)
+        if opened.family is not None:
+            export = of_folder(opened)
+            write_hf(export, Path(out), dtype=dtype, force=force, progress=progress)
+            return
+    require(format == "hf" or dtype != "fp8", "dtype fp8 goes with format='hf'")
+    loaded = load(model, dtype=None if dtype == "fp8" else dtype, progress=progress)
+    stored = dtype if format == "hf" else None
+    save(loaded, out, format=format, dtype=stored, force=force, progress=progress)
+
+
+@torch.inference_mode()
+def difference(one: str | Path, other: str | Path) -> tuple[float, float]:
+    """How far the logits of two checkpoints lie apart, in float32 on up to 64 random tokens.
+
+    Returns:
+        The largest difference, and the share of places where the likeliest token is the same.
+    """
+    first = load(one, dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, min(64, first.cfg.max_seq_len))
+    tokens = torch.randint(first.cfg.vocab_size, shape, generator=generator)
+    want = first(tokens)
+    del first  # two models of any size need not fit
+    got = load(other, dtype="float32")(tokens)
+    same = (got.argmax(-1) == want.argmax(-1)).float().mean()
+    return (got - want).abs().max().item(), same.item()
 
 
 def size(

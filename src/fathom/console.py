@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -190,19 +191,21 @@ def versions() -> dict[str, str | None]:
 
 
 class Progress:
-    """A line per stage of long work over files: rewritten on a terminal, else written once."""
+    """A line per stage of long work over bytes: rewritten on a terminal, else written once."""
 
     def __init__(self) -> None:
-        self._live, self._stage = sys.stderr.isatty(), ""
+        self._live, self._stage, self._begun = sys.stderr.isatty(), "", 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage, self._begun = stage, time.monotonic()
+            if not self._live:
+                typer.echo(f"{stage} {si(total, 'B')}", err=True)
         if self._live:
-            typer.echo(
-                f"\r{stage} {done / max(total, 1):4.0%} of {si(total, 'B')} ", nl=False, err=True
-            )
-        elif stage != self._stage:
-            typer.echo(f"{stage} {si(total, 'B')}", err=True)
-        self._stage = stage
+            rate = done / max(time.monotonic() - self._begun, 1e-3)
+            share = done / max(total, 1)
+            line = f"\r{stage} {share:4.0%} of {si(total, 'B')}, {si(rate, 'B')}/s  "
+            typer.echo(line, nl=False, err=True)
 
     def close(self) -> None:
         if self._live:

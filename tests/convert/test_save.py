@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fathom
-from fathom.convert import save
+from fathom.api import convert_model, difference
+from fathom.convert import load, save
 from fathom.convert.checkpoint import open_checkpoint
 from fathom.convert.families import read_config
 from fathom.convert.fp8 import QUANTIZATION
@@ -276,3 +277,34 @@ def test_a_long_context_is_written_with_the_rope_that_stretches_it(tmp_path):
     assert config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "yarn"
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 10000.0
     torch.testing.assert_close(model(IDS), hf_logits(hf_load(tmp_path / "out")), rtol=0, atol=1e-4)
+
+
+# --- From folder to folder ---
+
+
+def test_a_run_folders_model_becomes_hugging_faces_and_comes_back(tmp_path):
+    model = fathom.build("tiny-deepseek", seed=4)
+    fathom.save(model, tmp_path / "ours")
+    convert_model(tmp_path / "ours", tmp_path / "theirs")
+    convert_model(tmp_path / "theirs", tmp_path / "again", format="fathom", dtype="bfloat16")
+    assert difference(tmp_path / "ours", tmp_path / "theirs") == (0, 1)
+    back = fathom.load(tmp_path / "again")
+    assert back.embed.weight.dtype == torch.bfloat16
+    assert torch.equal(back.embed.weight, model.embed.weight.bfloat16())
+
+
+def test_a_folder_is_converted_with_no_model_in_memory(v3, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "uninitialised", lambda *_: pytest.fail("a model was made"))
+    convert_model(v3, tmp_path / "small", dtype="fp8")
+    convert_model(tmp_path / "small", tmp_path / "half", dtype="bfloat16")
+    monkeypatch.undo()
+    apart, same = difference(v3, tmp_path / "half")
+    assert 0 < apart < 0.1
+    assert same > 0.5
+
+
+def test_fp8_is_only_for_hugging_face(v3, tmp_path):
+    with pytest.raises(ValueError, match="dtype fp8 goes with format='hf'"):
+        convert_model(v3, tmp_path / "out", format="fathom", dtype="fp8")
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        convert_model(v3, tmp_path / "out", dtype="int8")

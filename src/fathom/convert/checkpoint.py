@@ -19,7 +19,7 @@ from fathom.convert.files import exists, read_bytes, read_object
 from fathom.convert.fp8 import Dequantised, check_quantization
 from fathom.convert.hf_config import HFConfig
 from fathom.convert.llama import llama_rules
-from fathom.convert.names import RANK_FILE, Ranks, Renamed, to_hugging_face, without_prefix
+from fathom.convert.names import Ranks, Renamed, rank_files, to_hugging_face, without_prefix
 from fathom.convert.official import deepseek_config, is_deepseek, meta_config
 from fathom.convert.rules import Copy, Rule, filled_by
 from fathom.convert.run_folder import CONFIG, CheckpointError
@@ -136,11 +136,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _open_tensors(folder: Path) -> TensorSource:
-    ranks = sorted(name for name in os.listdir(folder) if RANK_FILE.fullmatch(name))
-    if ranks and is_deepseek(read_object(folder, HF_CONFIG)):
-        numbers = [tuple(map(int, RANK_FILE.fullmatch(name).groups())) for name in ranks]  # pyright: ignore[reportOptionalMemberAccess]
-        if sorted(numbers) != [(rank, len(ranks)) for rank in range(len(ranks))]:
-            raise CheckpointError(f"{folder} lacks some of its model<rank>-mp<ranks>.safetensors")
+    if ranks := rank_files(os.listdir(folder)):
         sources = [FolderSource(folder, [name]) for name in ranks]
         return Renamed(sources[0] if len(sources) == 1 else Ranks(sources), to_hugging_face)
     source = FolderSource(folder)

@@ -104,7 +104,8 @@ def copy_parts(
         if type(rule) is Copy:
             _require_equal(name, tensor, rule.ours, part)
         else:
-            part.copy_(tensor)
+            with torch.inference_mode(part.is_inference()):  # a caller's mode is not a thread's
+                part.copy_(tensor)
         source.release(name)
         return entries[name].num_bytes
 

@@ -14,6 +14,7 @@ from fathom.convert.run_folder import CheckpointError
 from fathom.convert.source import Entry, TensorSource
 
 FRAME = {
+    "embed_tokens": "model.embed_tokens",
     "embed": "model.embed_tokens",
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -95,6 +96,18 @@ SLICED = {  # DeepSeek's names: the dimension that is split over the ranks of a 
 }
 RANK_FILE = re.compile(r"model(\d{1,4})-mp(\d{1,4})\.safetensors")
 EXPERT = re.compile(r"layers\.\d+\.ffn\.experts\.\d+\..*")
+
+
+def rank_files(names: Sequence[str]) -> list[str]:
+    """Those of a folder's files that are ranks of one model, in order; empty: there are none.
+
+    Raises:
+        CheckpointError: a rank is not there.
+    """
+    found = {(int(m[2]), int(m[1])): m[0] for m in map(RANK_FILE.fullmatch, names) if m}
+    if found and sorted(found) != [(len(found), rank) for rank in range(len(found))]:
+        raise CheckpointError("some of the files model<rank>-mp<ranks>.safetensors are not there")
+    return [found[key] for key in sorted(found)]
 
 
 class Ranks(TensorSource):

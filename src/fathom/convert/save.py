@@ -117,8 +117,10 @@ def of_model(model: Decoder, tokenizer: Tokenizer | None) -> Export:
     family = family_of(HFConfig(config, HF_CONFIG))
     files = dict(origin.files)
     if tokenizer is not None:
-        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         files |= tokenizer_files(tokenizer, cfg.max_seq_len)
+    words = tokenizer or getattr(model, "tokenizer", None)
+    if words is not None and not {"bos_token_id", "eos_token_id"} & config.keys():
+        config |= {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
     return Export(cfg, ModelSource(filled_by(family.rules(cfg, config), state)), config, files)
 
 
