@@ -45,10 +45,10 @@ def test_a_pipe_gets_the_plan_and_one_line_per_run(study, task):
     assert "same 512 tokens" in text
     assert "1m 15s" in text
     assert "training; about 5m 00s left" in text
-    assert "mha seed 1: 2.0000 bits per byte; about" in text
-    assert "mqa seed 1: 2.2500 bits per byte (+0.2500 against mha so far)" in text
-    assert "mqa seed 2: 3.0000 bits per byte (+0.2500 against mha so far)" in text
-    assert "moe seed 1 failed: not finite" in text
+    assert "mha seed 1 lr 0.1: 2.0000 bits per byte; about" in text
+    assert "mqa seed 1 lr 0.1: 2.2500 bits per byte (+0.2500 against mha so far)" in text
+    assert "mqa seed 2 lr 0.1: 3.0000 bits per byte (+0.2500 against mha so far)" in text
+    assert "moe seed 1 lr 0.1 failed: not finite" in text
 
 
 def test_a_terminal_gets_a_table_of_arms_and_seeds(study, task):
@@ -67,6 +67,29 @@ def test_a_terminal_gets_a_table_of_arms_and_seeds(study, task):
     assert cells[0] == ["mha", "mqa", "moe"]
     assert cells[1] == ["2.0000", "0%", ""]
     assert cells[4] == ["2.0000", "", ""]
+
+
+def test_the_end_shows_losses_verdicts_failures_and_anchors():
+    verdict = {"sentence": "worse: by 0.5 bits per byte than mha"}
+    results = {
+        "study": "micro",
+        "arms": [
+            {"name": "mha", "val_bpb": {"mean": 2.0}, "verdict": None, "failed": None},
+            {"name": "mqa", "val_bpb": {"mean": 2.5}, "verdict": verdict, "failed": None},
+            {"name": "moe", "val_bpb": {"mean": None}, "verdict": None, "failed": "seed 1: killed"},
+        ],
+        "anchors": {"xz": {"mean": 2.75}},
+    }
+    stream = io.StringIO()
+    Lines(stream).results(results)
+    rows = {
+        line.split("│")[1].strip(): line for line in stream.getvalue().splitlines() if "│" in line
+    }
+    assert "2.0000" in rows["mha"]
+    assert "2.5000" in rows["mqa"]
+    assert "worse: by 0.5" in rows["mqa"]
+    assert "failed: seed 1: killed" in rows["moe"]
+    assert "2.7500" in rows["xz"]
 
 
 @pytest.mark.parametrize(

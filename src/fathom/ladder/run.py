@@ -176,6 +176,7 @@ def _run(stages: Stages, only: Sequence[str]) -> LadderResult:
     results = assemble_results(stages, outcomes, counted.result())
     write_json(folder.results, results)
     report = write_report(folder.root)
+    stages.reporter.results(results)
     failed = [arm for arm, outcome in outcomes.items() if outcome.failed is not None]
     if len(failed) == len(outcomes):
         message = f"every arm failed; {folder.results} says why of each"

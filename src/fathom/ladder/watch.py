@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fathom.ladder.plan import PlannedArm
 from fathom.ladder.study import Study
+from fathom.ladder.tables import si
 from fathom.ladder.work import TrainTask
 from fathom.settings import Data
 from fathom.train.progress import duration
@@ -41,6 +42,9 @@ class Reporter:
 
     def notice(self, sentence: str) -> None:
         """Something a person should know."""
+
+    def results(self, results: Data) -> None:
+        """All is done; the content of ``results.json``."""
 
     def close(self) -> None:
         """All is done, or has stopped."""
@@ -73,6 +77,9 @@ class Lines(Reporter):
     def notice(self, sentence: str) -> None:
         self.say(sentence)
 
+    def results(self, results: Data) -> None:
+        self.console.print(result_table(results))
+
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
 
@@ -96,6 +103,10 @@ class Screen(Lines):
     def draw(self) -> Table:
         return self.board.table()
 
+    def results(self, results: Data) -> None:
+        self.live.stop()
+        super().results(results)
+
     def close(self) -> None:
         self.live.stop()
 
@@ -107,25 +118,40 @@ def reporter(stream: TextIO | None = None) -> Reporter:
 
 
 def plan_table(study: Study, planned: Sequence[PlannedArm], seconds: Mapping[str, float]) -> Table:
-    """Arms, sizes, cost and the estimated time of one run."""
+    """Arms, sizes, bytes of cache per token, and the cost of one run."""
     table = Table(title=f"{study.name}: {study.budget.sentence} Seeds {list(study.seeds)}.")
-    table.add_column("arm", no_wrap=True)
-    table.add_column("parent", no_wrap=True)
-    for column in ("parameters", "active", "cache B", "steps", "tokens", "FLOPs", "a run"):
+    for column in ("arm", "parent"):
+        table.add_column(column, no_wrap=True)
+    for column in ("params", "active", "cache B", "tokens", "FLOPs", "a run"):
         table.add_column(column, justify="right")
     for p in planned:
         run = seconds.get(p.arm.name)
         table.add_row(
             p.arm.name,
             p.arm.parent or "",
-            f"{p.params:,}",
-            f"{p.active_params:,}",
+            si(p.params),
+            si(p.active_params),
             f"{p.cache_bytes_per_token:,.0f}",
-            f"{p.config.train.steps:,}",
-            f"{p.tokens:,}",
-            f"{p.train_flops:.1e}",
+            si(p.tokens),
+            si(p.train_flops),
             duration(run) if run is not None else "?",
         )
+    return table
+
+
+def result_table(results: Data) -> Table:
+    """Each arm's loss and what the seeds say of its step; then what needs no training."""
+    table = Table(title=f"{results['study']}: held-out bits per byte")
+    table.add_column("arm", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for arm in results["arms"]:
+        mean, verdict = arm["val_bpb"]["mean"], arm["verdict"]
+        said = verdict["sentence"] if verdict else ""
+        failed = f"failed: {arm['failed']}"
+        table.add_row(arm["name"], *(("", failed) if mean is None else (f"{mean:.4f}", said)))
+    for name, anchor in results["anchors"].items():
+        table.add_row(name, f"{anchor['mean']:.4f}", "needs no training", style="dim")
     return table
 
 
@@ -172,7 +198,7 @@ class Board:
 
     def sentence(self, task: TrainTask, result: Data) -> str:
         """One finished run."""
-        run = f"{task.arm} seed {task.cfg.train.seed}"
+        run = f"{task.arm} seed {task.cfg.train.seed} lr {task.cfg.train.lr:g}"
         if result["failed"]:
             return f"{run} failed: {result['failed']}"
         delta = self.delta(task.arm)

@@ -1,9 +1,11 @@
 """The ladder's tasks: train and measure one run, probe a trained one, or time an arm's steps."""
 
+import ctypes
+import gc
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -24,7 +26,6 @@ from fathom.train.metrics import read_lines
 
 RESULT = "result.json"
 CURVE_POINTS = 64
-UNTIMED_STEPS = 2  # the first steps allocate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,17 +158,16 @@ class SpeedTask:
 
     def run(self) -> Data:
         with threads(self.threads), TemporaryDirectory(prefix="fathom-speed-") as folder:
-            return {**self._measure(Path(folder) / "run"), "threads": self.threads}
+            return {**self._measure(Path(folder)), "threads": self.threads}
 
     def _measure(self, folder: Path) -> Data:
-        device = pick_device(self.cfg.train.device)
-        memory = PeakMemory(device)
-        result = train(self.cfg, folder)
+        """The first run loads and allocates what all later ones use; the second is measured."""
+        _finish(only_steps(self.cfg, 1), folder / "first")
+        memory = PeakMemory(pick_device(self.cfg.train.device))
+        _finish(self.cfg, folder / "timed")
         peak = memory.bytes()
-        if result.reason == "interrupted":
-            raise KeyboardInterrupt
-        timed = read_lines(folder / "metrics.jsonl")[UNTIMED_STEPS:]
-        speed = median(line["tokens_per_second"] for line in timed)
+        lines = read_lines(folder / "timed" / "metrics.jsonl")[1:]
+        speed = median(line["tokens_per_second"] for line in lines)
         return {
             "tokens_per_second": speed,
             "step_seconds": self.cfg.train.tokens_per_step / speed,
@@ -175,9 +175,14 @@ class SpeedTask:
         }
 
 
+def _finish(cfg: RunConfig, folder: Path) -> None:
+    if train(cfg, folder).reason == "interrupted":
+        raise KeyboardInterrupt
+
+
 def only_steps(cfg: RunConfig, timed: int) -> RunConfig:
-    """The same steps, few of them, and nothing between them; some come before the timed ones."""
-    steps = timed + UNTIMED_STEPS
+    """The same training, with so many steps and one before them, and nothing in between."""
+    steps = timed + 1
     alone = replace(
         cfg.train,
         steps=steps,
@@ -194,8 +199,8 @@ def only_steps(cfg: RunConfig, timed: int) -> RunConfig:
 class PeakMemory:
     """The most memory used from here on: on a GPU by tensors, else by the process beyond the start.
 
-    Linux can forget the old peak of a process; where it cannot be had, ``bytes`` is the whole
-    process's peak, or None.
+    Linux can forget the old peak of a process, and glibc give back what earlier work left unused;
+    elsewhere ``bytes`` is the whole process's peak, or None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -204,11 +209,11 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
+        gc.collect()
+        with suppress(OSError, AttributeError, LookupError):
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM starts again
             self._before = _proc_status("VmRSS")
-        except (OSError, LookupError):
-            self._before = None
 
     def bytes(self) -> int | None:
         if self._before is None:
