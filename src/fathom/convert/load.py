@@ -4,7 +4,7 @@ A model is made in its final type on its final device and filled in parallel. Be
 tensors in flight exist, so the peak is the model itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from fathom.convert.gguf import is_gguf, open_gguf
 from fathom.convert.hf_tokenizer import read_hf_tokenizer
 from fathom.convert.rules import Copy, Rule, filled_by
 from fathom.convert.run_folder import CheckpointError, uninitialised
-from fathom.convert.source import Progress, TensorSource
+from fathom.convert.source import Entry, Progress, TensorSource
 from fathom.data.tokenizer import Tokenizer
 from fathom.model import Decoder
 
 THREADS = 4
+RUN_BYTES = 8 * 2**20
 
 
 def load_foreign(
@@ -93,28 +94,43 @@ def copy_parts(
         CheckpointError: a second copy of a tensor is not equal to the first.
     """
     entries = source.entries
-    total = sum(entry.num_bytes for name, entry in entries.items() if name in parts)
     names = [name for name in entries if name in parts]
+    total = sum(entries[name].num_bytes for name in names)
     first = [name for name in names if type(parts[name][0]) is not Copy]
     second = [name for name in names if type(parts[name][0]) is Copy]
 
-    def copy(name: str) -> int:
-        rule, part = parts[name]
-        tensor = rule.load(source.read(name))
-        if type(rule) is Copy:
-            _require_equal(name, tensor, rule.ours, part)
-        else:
-            with torch.inference_mode(part.is_inference()):  # a caller's mode is not a thread's
-                part.copy_(tensor)
-        source.release(name)
-        return entries[name].num_bytes
+    def copy(run: Sequence[str]) -> int:
+        for name in run:
+            rule, part = parts[name]
+            tensor = rule.load(source.read(name))
+            if type(rule) is Copy:
+                _require_equal(name, tensor, rule.ours, part)
+            else:
+                with torch.inference_mode(part.is_inference()):  # a thread has not its caller's
+                    part.copy_(tensor)
+            source.release(name)
+        return sum(entries[name].num_bytes for name in run)
 
     done = 0
     with ThreadPoolExecutor(THREADS) as pool:
         for group in (first, second):
-            for num_bytes in pool.map(copy, group):
+            for num_bytes in pool.map(copy, runs(group, entries)):
                 done += num_bytes
                 progress(done, total)
+
+
+def runs(names: Sequence[str], entries: Mapping[str, Entry]) -> Iterator[Sequence[str]]:
+    """The names in runs of about ``RUN_BYTES``, each the work of one thread."""
+    run: list[str] = []
+    held = 0
+    for name in names:
+        run.append(name)
+        held += entries[name].num_bytes
+        if held >= RUN_BYTES:
+            yield run
+            run, held = [], 0
+    if run:
+        yield run
 
 
 def _require_equal(name: str, copy: Tensor, ours: str, part: Tensor) -> None:
