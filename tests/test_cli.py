@@ -42,6 +42,7 @@ VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "chat": "--system --max-new-tokens --temperature --top-k --top-p --min-p "
     "--repetition-penalty --presence-penalty --frequency-penalty --seed --device --dtype --import",
     "fetch": "",
+    "convert": "--format --dtype --verify --force",
     "size": "--seq-len --cache-dtype --format --set --import",
     "presets": "--format",
     "config": "--keys --schema --set --import",
@@ -383,6 +384,25 @@ def test_chat_reads_a_pipe_and_writes_answers_alone(trained: Path, capsys, monke
     assert "has no chat template: it sees plain turns" in err
     assert "the answer was cut at 3 tokens" in err
     assert last_line(err) == "[error: no command is called /dance: see /help]"
+
+
+def test_convert_writes_for_hugging_face_and_back(trained: Path, tmp_path: Path, capsys) -> None:
+    theirs, ours = str(tmp_path / "theirs"), str(tmp_path / "ours")
+    assert run("convert", str(trained), theirs, "--verify") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        f"wrote {theirs}",
+        "logits differ by at most 0, the likeliest token in 0.0% of places",
+    ]
+    assert err.startswith("writing theirs ")
+    assert run("convert", theirs, ours, "--format", "fathom", "--dtype", "bf16") == 0
+    assert str(fathom.load(ours).embed.weight.dtype) == "torch.bfloat16"
+    assert run("convert", str(trained), theirs) == 2
+    assert "is there already" in last_line(capsys.readouterr().err)
+    assert run("convert", theirs, theirs + "-small", "--dtype", "fp8") == 0
+    assert run("convert", theirs, ours, "--format", "fathom", "--dtype", "fp8", "--force") == 2
+    assert run("size", theirs, "--format", "json") == 0
+    assert run("generate", theirs, "--prompt", "It", "--max-new-tokens", "3") == 0
 
 
 def test_fetch_lists_models_and_a_name_says_when_it_is_not_there(

@@ -40,6 +40,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def build(
@@ -158,13 +159,15 @@ def convert_model(
     that is not asked to change stays as it is, FP8 too.
 
     Args:
-        dtype: float32, bfloat16, float16, or (with ``hf``) fp8; None: as it is.
+        dtype: float32, bfloat16, float16 (or fp32, bf16, fp16), or with ``hf`` fp8; None: as it is.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
         ValueError: as :func:`save`.
     """
-    require(dtype is None or dtype in SAVED, f"dtype must be one of {SAVED}, got {dtype!r}")
+    dtype = dtype if dtype is None else SHORT.get(dtype, dtype)
+    known = f"dtype must be one of {', '.join(SAVED)}, got {dtype!r}"
+    require(dtype is None or dtype in SAVED, known)
     path = located(model)
     if format == "hf" and is_foreign(path):
         opened = open_checkpoint(path)
@@ -257,6 +260,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The dtype of that name."""
     if isinstance(dtype, torch.dtype):
         return dtype
+    dtype = SHORT.get(dtype, dtype)
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
 

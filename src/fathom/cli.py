@@ -20,6 +20,11 @@ class Format(StrEnum):
     json = "json"
 
 
+class Layout(StrEnum):
+    hf = "hf"
+    fathom = "fathom"
+
+
 def _import(paths: list[Path] | None) -> list[Path]:
     for path in paths or ():
         console.import_file(path)
@@ -271,7 +276,8 @@ def generate(
     from fathom.generate import Engine
     from fathom.targets import is_preset, open_model, pick
 
-    built = open_model(model, device=pick(device), dtype=dtype, seed=seed)
+    with console.progress() as bar:
+        built = open_model(model, device=pick(device), dtype=dtype, seed=seed, progress=bar)
     if is_preset(model):
         typer.echo(f"{model} is a preset: its weights are random", err=True)
     prompts = prompt or [""]
@@ -357,7 +363,8 @@ def chat(
         frequency_penalty=frequency_penalty,
     )
     line.check()
-    built = open_model(model, device=pick(device), dtype=dtype, seed=seed)
+    with console.progress() as bar:
+        built = open_model(model, device=pick(device), dtype=dtype, seed=seed, progress=bar)
     if is_preset(model):
         typer.echo(f"{model} is a preset: its weights are random", err=True)
     template = template_of(built)
@@ -388,6 +395,35 @@ def fetch(
     else:
         path = fetch_model(name)
         typer.echo(f"{ALIASES.get(name, name)} is at {path}")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint of any kind.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    layout: Annotated[
+        Layout, typer.Option("--format", help="Hugging Face's, or ours.")
+    ] = Layout.hf,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, fp8; as it is.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Load both, compare logits.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint there.")] = False,
+) -> None:
+    """Write a checkpoint for transformers, vLLM and SGLang, or one of those as ours.
+
+    \b
+    Example:
+      fathom convert runs/tiny out/tiny --verify
+      fathom convert DeepSeek-V3 DeepSeek-V3-bf16 --dtype bf16
+    """
+    from fathom.api import convert_model, difference
+
+    with console.progress() as bar:
+        convert_model(model, out, format=layout.value, dtype=dtype, force=force, progress=bar)
+    typer.echo(f"wrote {out}")
+    if verify:
+        apart, same = difference(model, out)
+        places = f"the likeliest token in {1 - same:.1%} of places"
+        typer.echo(f"logits differ by at most {apart:.3g}, {places}")
 
 
 @app.command(cls=console.VerbWithSettings)

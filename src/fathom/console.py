@@ -208,8 +208,18 @@ class Progress:
             typer.echo(line, nl=False, err=True)
 
     def close(self) -> None:
-        if self._live:
+        if self._live and self._stage:
             typer.echo(err=True)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """A :class:`Progress` that leaves its line when the work is done or has failed."""
+    bar = Progress()
+    try:
+        yield bar
+    finally:
+        bar.close()
 
 
 def guarded(app: typer.Typer, args: list[str]) -> int:

@@ -9,6 +9,7 @@ import torch
 from fathom import api
 from fathom.convert.fetch import OFFERS
 from fathom.convert.run_folder import CONFIG, CheckpointError, find_checkpoint
+from fathom.convert.source import Progress
 from fathom.data.config import DataConfig
 from fathom.data.dataset import Dataset, open_dataset
 from fathom.data.texts import decoded, read_texts
@@ -34,7 +35,12 @@ def is_preset(model: str) -> bool:
 
 
 def open_model(
-    model: str, *, device: torch.device, dtype: str | None = None, seed: int = 0
+    model: str,
+    *,
+    device: torch.device,
+    dtype: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Decoder:
     """A run or checkpoint folder's model; a preset's with random weights, if it is small.
 
@@ -42,7 +48,7 @@ def open_model(
         ValueError: no such thing, or a preset too large to be filled with random numbers.
     """
     if not is_preset(model):
-        return api.load(model, dtype=dtype, device=device)
+        return api.load(model, dtype=dtype, device=device, progress=progress)
     params = num_params(cfg := api.resolve(model))
     require(
         params <= MAX_RANDOM_PARAMS,

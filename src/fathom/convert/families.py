@@ -17,6 +17,7 @@ from fathom.convert.llama import llama_rules, read_llama, write_llama
 from fathom.convert.rules import Rule
 from fathom.convert.run_folder import CheckpointError
 from fathom.ffn import DenseConfig, MoEConfig
+from fathom.settings import ConfigError
 
 Data = Mapping[str, Any]
 
@@ -88,7 +89,7 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
     """The ``config.json`` of a model, v4 spelling, without what depends on its tokenizer.
 
     Raises:
-        ValueError: no family of Hugging Face has such a model; the sentence says which part.
+        ConfigError: no family of Hugging Face has such a model; the sentence says which part.
     """
     _require_uniform(cfg)
     name = _family_for(cfg)
@@ -96,7 +97,7 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
     try:
         written = family.write(cfg)
     except ValueError as error:
-        raise ValueError(f"this model cannot be written for Hugging Face: {error}") from None
+        raise ConfigError(f"this model cannot be written for Hugging Face: {error}") from None
     return {"architectures": [family.architecture], "model_type": name, **written}
 
 
@@ -121,7 +122,7 @@ def _require_uniform(cfg: ModelConfig) -> None:
         and (cfg.mtp is None or isinstance(cfg.groups[0].attention, MLAConfig))
     )
     if not ok:
-        raise ValueError(
+        raise ConfigError(
             "this model cannot be written for Hugging Face: a family there has one attention, mha "
             "or mla, in all layers, equal dense layers and then equal MoE layers, and MTP with mla "
             "alone; save it with format='fathom'"

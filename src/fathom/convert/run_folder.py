@@ -146,15 +146,15 @@ def require_free(out: Path, *, force: bool) -> None:
     """Refuse to write where something is, but for a checkpoint that may be replaced.
 
     Raises:
-        ValueError: ``out`` is there already, or is no checkpoint.
+        ConfigError: ``out`` is there already, or is no checkpoint.
     """
     if not os.path.lexists(out):
         return
     if not force:
-        raise ValueError(f"{out} is there already: name another folder, or give --force")
+        raise ConfigError(f"{out} is there already: name another folder, or give --force")
     names = set(os.listdir(out)) if out.is_dir() and not out.is_symlink() else {"a file"}
     if names and not names & {CONFIG, "config.json"}:
-        raise ValueError(f"{out} is no checkpoint, so it is not replaced: name another folder")
+        raise ConfigError(f"{out} is no checkpoint, so it is not replaced: name another folder")
 
 
 def write_model(folder: Path, model: Decoder, tokenizer: Tokenizer, config: str) -> None:

@@ -30,8 +30,8 @@ from fathom.convert.source import DTYPES as SAFETENSORS_DTYPES
 from fathom.convert.source import INDEX, SINGLE, Entry, Progress, TensorSource
 from fathom.data.shards import sync
 from fathom.data.tokenizer import Tokenizer
-from fathom.layers.base import require
 from fathom.model import Decoder
+from fathom.settings import ConfigError
 
 SHARD_BYTES = 5 * 10**9
 MARGIN_BYTES = 2**20
@@ -186,7 +186,8 @@ def in_dtype(source: TensorSource, dtype: str | None) -> TensorSource:
     """The tensors as they are to be stored."""
     if dtype is None:
         return source
-    require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype == "fp8":
         return Cast(Quantised(source), torch.bfloat16)
     return Cast(Dequantised(source), getattr(torch, dtype))
@@ -227,16 +228,16 @@ def require_room(out: Path, source: TensorSource, files: Mapping[str, bytes]) ->
     """Refuse to begin what the disk cannot hold.
 
     Raises:
-        ValueError: with both numbers.
+        ConfigError: with both numbers.
     """
     needed = sum(entry.num_bytes for entry in source.entries.values()) + MARGIN_BYTES
     needed += sum(map(len, files.values()))
     parent = next(path for path in out.absolute().parents if path.is_dir())
     free = shutil.disk_usage(parent).free
-    require(
-        needed <= free,
-        f"{out} would take {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB left",
-    )
+    if needed > free:
+        raise ConfigError(
+            f"{out} would take {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB left"
+        )
 
 
 def counter(stage: str, source: TensorSource, progress: Progress | None) -> Callable[[int], None]:
