@@ -192,7 +192,7 @@ def test_all_ways_to_set_a_key_give_the_same_config(tmp_path: Path, capsys) -> N
         (["train"], 2, "train is missing"),
         (["train", "--size", "llama-5m"], 2, "train is missing"),
         (["train", "--size", "llama-5m", "train.stepz=3"], 2, "did you mean steps?"),
-        (["generate", "gone/run"], 3, "is neither a checkpoint nor a run folder"),
+        (["generate", "./gone/run"], 3, "is neither a checkpoint nor a run folder"),
         (["generate", "deepseek-v3"], 2, "random weights are made up to 2,000,000,000"),
         (["generate", "tiny-llama", "--device", "tpu"], 2, "--device must be one of auto, cpu"),
         (["generate", "tiny-llama", "--top-p", "2"], 2, "top_p must be from 0 to 1"),

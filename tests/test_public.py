@@ -81,7 +81,7 @@ def test_build_reads_a_toml_of_a_model_or_of_a_run(tmp_path: Path) -> None:
         ("tiny-llama", {"vocab_szie": 3}, "unknown key vocab_szie: did you mean vocab_size"),
         ("tiny-llama", {"dim": "wide"}, "dim cannot be 'wide'"),
         ("tiny-llama", {"dim": 0}, "dim must be at least 1, got 0"),
-        ("not/there", {}, "there is no not/there"),
+        ("./not/there", {}, "there is no not/there"),
         ("there.toml", {}, "there is no there.toml"),
     ],
 )

@@ -221,7 +221,7 @@ def resolve(
 
 
 def _named(model: str | Path) -> ModelConfig:
-    path = located(model)
+    path = located(model, weights=False)
     if str(model) in PRESETS or not path.exists():
         if isinstance(model, Path) or path.suffix == ".toml" or len(path.parts) > 1:
             raise ConfigError(f"there is no {path}: give a preset, a config or a run folder")

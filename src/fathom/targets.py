@@ -7,7 +7,9 @@ from typing import get_args
 import torch
 
 from fathom import api
-from fathom.convert.fetch import OFFERS
+from fathom.console import note
+from fathom.convert.fetch import OFFERS, located
+from fathom.convert.hub import revision_of
 from fathom.convert.run_folder import CONFIG, CheckpointError, find_checkpoint
 from fathom.convert.source import Progress
 from fathom.data.config import DataConfig
@@ -48,7 +50,10 @@ def open_model(
         ValueError: no such thing, or a preset too large to be filled with random numbers.
     """
     if not is_preset(model):
-        return api.load(model, dtype=dtype, device=device, progress=progress)
+        path = located(model)
+        if (revision := revision_of(path)) is not None:
+            note(f"revision {revision}: pin it with {model.partition('@')[0]}@{revision}")
+        return api.load(path, dtype=dtype, device=device, progress=progress)
     params = num_params(cfg := api.resolve(model))
     require(
         params <= MAX_RANDOM_PARAMS,

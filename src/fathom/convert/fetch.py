@@ -11,6 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fathom.convert.hub import hub_folder, is_hub_name
 from fathom.convert.run_folder import CheckpointError, new_folder
 from fathom.data.corpus import cache_folder
 from fathom.data.packages import Package, fetch
@@ -99,16 +100,23 @@ def _is_whole(path: Path, offer: Offer) -> bool:
     return path.is_file() and path.stat().st_size == offer.num_bytes
 
 
-def located(model: str | Path) -> Path:
-    """The path that a model's name means: a fetched model's file, or the path itself.
+def located(model: str | Path, *, weights: bool = True) -> Path:
+    """The path that a MODEL means: a fetched model's, one of the hub's cache, or the path itself.
+
+    Args:
+        weights: False: of a model of the hub, fetch only what describes it.
 
     Raises:
-        CheckpointError: the model of that name was not fetched yet.
+        CheckpointError: a model of that name was not fetched yet, or the hub does not give it.
     """
     path = Path(model)
-    if str(model) not in OFFERS or path.exists():
+    if path.exists():
         return path
-    offer = OFFERS[str(model)]
-    if not _is_whole(home_of(offer), offer):
-        raise CheckpointError(f"{model} is not here yet: fathom fetch {model}")
-    return home_of(offer)
+    if str(model) in OFFERS:
+        offer = OFFERS[str(model)]
+        if not _is_whole(home_of(offer), offer):
+            raise CheckpointError(f"{model} is not here yet: fathom fetch {model}")
+        return home_of(offer)
+    if isinstance(model, str) and is_hub_name(model):
+        return hub_folder(model, weights=weights)
+    return path
