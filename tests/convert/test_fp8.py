@@ -59,6 +59,13 @@ def test_every_element_is_multiplied_by_its_blocks_factor(shape):
     assert torch.equal(dequantise(weight, scale), element_by_element(weight, scale))
 
 
+def test_scales_may_be_stored_as_powers_of_two():
+    weight, scale = torch.randn(130, 20).to(E4M3), torch.tensor([[0.25], [2.0]])
+    stored = {NAME: weight, NAME + SCALE: scale.to(torch.float8_e8m0fnu)}
+    got = Dequantised(Dictionary(stored)).read(NAME)
+    assert torch.equal(got, element_by_element(weight, scale))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_largest_of_a_block_becomes_the_largest_e4m3_number(shape):
     weight = torch.randn(shape) * torch.logspace(-3, 3, shape[1])

@@ -148,6 +148,9 @@ HOSTILE: dict[str, Spoil] = {
         **{**V3, "num_hidden_layers": 1000, "n_routed_experts": 4096, "n_group": 1}
     ),
     "other activation": config(hidden_act="__import__('os').system('true')"),
+    "a value that writes to the terminal": config(hidden_act="\x1b[2J\n\x07"),
+    "a key that writes to the terminal": config(rope_scaling={"type": "linear", "\x1b[2J\n": 1}),
+    "a tensor that writes to the terminal": tensor("\x1b[2J\n", torch.ones(1)),
     "int4": config(quantization_config={"quant_method": "gptq"}),
     "header beyond the file": header(b"{}", 2**62),
     "header without end": header(b'{"a":' * 10_000),
@@ -198,7 +201,7 @@ def test_a_hostile_folder_is_refused_and_does_nothing(folder, case, hook):
     finally:
         seen, watching = watching, None
     assert seen == []
-    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).isprintable()
     assert len(str(refusal.value)) < 1000
     assert sorted(os.listdir(folder)) == before
     assert RAN not in os.environ

@@ -1,6 +1,7 @@
 """Against transformers: logits, greedy tokens, and every tensor there and back, of each kind."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_a_model_is_written_as_it_came(peer, case, tmp_path):
 def test_what_is_written_is_loaded_by_transformers(peer, case, tmp_path):
     theirs = peer(case)
     fathom.save(fathom.load(theirs.folder), tmp_path / "out", format="hf")
+    assert torch.equal(hf_logits(hf_load(tmp_path / "out")), theirs.logits)
+
+
+def test_kimi_k2_is_a_v3_by_another_name(peer, tmp_path):
+    theirs = peer("moonlight")
+    shutil.copytree(theirs.folder, tmp_path / "kimi")
+    config = json.loads((tmp_path / "kimi" / "config.json").read_text())
+    config |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.X"}}
+    (tmp_path / "kimi" / "config.json").write_text(json.dumps(config))
+    model = fathom.load(tmp_path / "kimi")
+    torch.testing.assert_close(model(IDS), theirs.logits, rtol=0, atol=1e-4)
+    fathom.save(model, tmp_path / "out", format="hf")
     assert torch.equal(hf_logits(hf_load(tmp_path / "out")), theirs.logits)
 
 

@@ -183,9 +183,9 @@ def test_a_tensor_or_file_that_the_index_promises_must_be_there(tmp_path):
 
 
 def test_an_index_of_too_many_files_is_refused(tmp_path):
-    names = {f"t{i}": f"{i}.safetensors" for i in range(10_001)}
+    names = {f"t{i}": f"{i}.safetensors" for i in range(1001)}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(CheckpointError, match="more than 10,000 files"):
+    with pytest.raises(CheckpointError, match="more than 1,000 files"):
         FolderSource(tmp_path)
 
 

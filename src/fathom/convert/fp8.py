@@ -20,6 +20,7 @@ from fathom.convert.source import Entry, TensorSource
 BLOCK = 128
 E4M3, LARGEST, SMALLEST_MAX = torch.float8_e4m3fn, 448.0, 1e-4
 SCALE = "_scale_inv"
+SCALES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)  # the last: powers of two
 QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -78,9 +79,9 @@ def check_quantization(quantization: Any, source: str) -> None:
         ("weight_block_size", ([BLOCK, BLOCK],)),
         ("activation_scheme", ("dynamic", None)),
     ):
-        if data.get(key) not in allowed:
+        if (value := data.get(key)) not in allowed:
             raise CheckpointError(
-                f"{source} cannot be used: quantization_config.{key} is {str(data.get(key))[:80]}, "
+                f"{source} cannot be used: quantization_config.{key} is {str(value)!r:.80}, "
                 f"and only FP8 (e4m3) in blocks of {BLOCK} x {BLOCK} is followed here"
             )
 
@@ -107,7 +108,7 @@ class Dequantised(TensorSource):
         if scale is None:
             raise CheckpointError(f"the checkpoint lacks the tensor {name + SCALE!r}")
         fits = len(weight.shape) == 2 and scale.shape == blocks(weight.shape)
-        if not fits or scale.dtype not in (torch.float32, torch.bfloat16):
+        if not fits or scale.dtype not in SCALES:
             raise CheckpointError(
                 f"{name + SCALE!r} is {list(scale.shape)} of {scale.dtype}: a weight of "
                 f"{list(weight.shape)} needs {list(blocks(weight.shape))} of float32"

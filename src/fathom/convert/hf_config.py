@@ -58,6 +58,12 @@ FULL = {"full_attention"}
 CODE = ("auto_map", "_attn_implementation_internal", "_experts_implementation_internal")
 
 
+def printable(value: object) -> str:
+    """The beginning of a stranger's value, which may hold what a terminal would obey."""
+    text = str(value)[:80]
+    return text if text.isprintable() else repr(text)
+
+
 class HFConfig:
     """The keys of a ``config.json``; null means absent, as it does to transformers.
 
@@ -68,8 +74,8 @@ class HFConfig:
         self.data, self.source = data, source
 
     def refuse(self, key: str, why: str) -> CheckpointError:
-        shown = str(self.data.get(key))[:80]
-        return CheckpointError(f"{self.source} cannot be used: {key} is {shown}, {why}")
+        name, value = printable(key), printable(self.data.get(key))
+        return CheckpointError(f"{self.source} cannot be used: {name} is {value}, {why}")
 
     def has(self, key: str) -> bool:
         return self.data.get(key) is not None
@@ -223,18 +229,18 @@ _KEYS: dict[str, tuple[str, ...]] = {
 
 
 def _read_yarn(hf: HFConfig, rope: HFConfig, factor: float, trained: int) -> YarnScaling:
-    def given(key: str, absent: float | None) -> float | None:
+    def given(key: str) -> float | None:
         """A number; 0 and null mean the default, as to transformers."""
-        return rope.number(key) if rope.data.get(key) else absent
+        return rope.number(key) if rope.data.get(key) else None
 
     attention_factor = rope.number("attention_factor") if rope.has("attention_factor") else None
     return YarnScaling(
         factor=factor,
         original_seq_len=_original(hf, rope, trained),
-        beta_fast=given("beta_fast", 32.0) or 32.0,
-        beta_slow=given("beta_slow", 1.0) or 1.0,
-        mscale=given("mscale", None),
-        mscale_all_dim=given("mscale_all_dim", None),
+        beta_fast=given("beta_fast") or 32.0,
+        beta_slow=given("beta_slow") or 1.0,
+        mscale=given("mscale"),
+        mscale_all_dim=given("mscale_all_dim"),
         explicit_attention_factor=attention_factor,
         truncate=rope.flag("truncate", True),
     )

@@ -143,4 +143,4 @@ def _meta_inter_dim(hf: HFConfig) -> int:
 def _only_known(data: Data, known: set[str], source: str) -> None:
     for key in data:
         if key not in known:
-            raise HFConfig(data, source).refuse(key[:80], "which is not followed here")
+            raise HFConfig(data, source).refuse(key, "which is not followed here")

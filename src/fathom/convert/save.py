@@ -197,6 +197,8 @@ def final_config(config: Mapping[str, Any], source: TensorSource) -> dict[str, A
     """The ``config.json`` of tensors of these types, as v4 and v5 of transformers read it."""
     stored = str(source.entries[EMBEDDING].dtype).removeprefix("torch.")
     written = respelled(config, stored)
+    if config.get("model_type") == "kimi_k2":  # V3 under a name that only its own code knows
+        written["model_type"] = "deepseek_v3"
     if not any(entry.dtype == E4M3 for entry in source.entries.values()):
         written.pop("quantization_config", None)
     else:

@@ -32,6 +32,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -43,7 +44,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
-MAX_FILES = 10_000
+MAX_FILES = 1000  # each stays open
 MAX_DIMS = 8
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
@@ -98,7 +99,10 @@ class SafetensorsFile:
             size = os.fstat(file.fileno()).st_size
             header, self._start = _header(file, size, self.path)
             self._spans = _spans(header, size - self._start, self.path)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise CheckpointError(f"cannot map {self.path}: {error.strerror}") from None
         self.entries = {name: entry for name, (entry, _) in self._spans.items()}
         with warnings.catch_warnings():  # torch warns that the bytes cannot be written to
             warnings.simplefilter("ignore")
