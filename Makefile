@@ -6,13 +6,14 @@ READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
 WORKERS ?= 2
 
-.PHONY: demo test check format test-slow test-gpu bench docs clean help
+.PHONY: demo test check format test-slow test-lowest test-gpu bench docs clean help
 
 help:
 	@echo "make demo       train the demo ladder on real text and write runs/demo/report.html"
 	@echo "make test       environment, format, lint, types, tests"
 	@echo "make check      the same without setting up"
 	@echo "make test-slow  what does not fit in 'make test'"
+	@echo "make test-lowest   the tests with the oldest allowed dependencies"
 	@echo "make test-gpu   tests that need a CUDA device"
 	@echo "make bench NAME=x   run benchmarks/x.py"
 	@echo "make docs       build the documentation and check its links"
@@ -47,6 +48,13 @@ format: $(TEST_READY)
 
 test-slow: $(TEST_READY)
 	$(BIN)/pytest -m "slow and not gpu"
+
+# The oldest allowed version of every direct dependency, without the peers that tests compare with.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e '.[data]' \
+		pytest pytest-xdist pytest-timeout hypothesis
+	.venv-lowest/bin/python -m pytest -m "not gpu and not slow" -n $(WORKERS)
 
 # Uses the machine's own torch, a CUDA build: python3 with the test tools installed.
 test-gpu:
