@@ -18,6 +18,7 @@ from records import limits, row, spread, write
 
 import fathom
 from fathom.generate.defaults import GenerationDefaults
+from fathom.generate.layout import lay_out_for_decoding
 from fathom.model import Decoder
 
 NAME, PROMPT = "smollm2-135m-instruct", "The history of the city begins with"
@@ -73,7 +74,9 @@ def reading_seconds(model: Decoder) -> float:
 
 def main() -> None:
     model = fathom.load(NAME, dtype="float32")
-    mine, peers = ours(model), theirs(model)
+    peers = theirs(model)
+    lay_out_for_decoding(model)  # as fathom generate does
+    mine = ours(model)
     assert mine(NEW_TOKENS) == peers(NEW_TOKENS), "the two do not write the same tokens"
     limit = reading_seconds(model)
     pairs = [(token_seconds(mine), token_seconds(peers)) for _ in range(REPEATS)]

@@ -274,10 +274,12 @@ def generate(
       fathom generate runs/tiny --prompt "It is a truth" --temperature 0.8
     """
     from fathom.generate import Engine
+    from fathom.generate.layout import lay_out_for_decoding
     from fathom.targets import is_preset, open_model, pick
 
     with console.progress() as bar:
         built = open_model(model, device=pick(device), dtype=dtype, seed=seed, progress=bar)
+    lay_out_for_decoding(built)
     if is_preset(model):
         typer.echo(f"{model} is a preset: its weights are random", err=True)
     prompts = prompt or [""]
@@ -350,6 +352,7 @@ def chat(
     from fathom.generate.chat import Chat, talk, template_of
     from fathom.generate.chat_template import PLAIN_TEMPLATE
     from fathom.generate.defaults import GenerationDefaults
+    from fathom.generate.layout import lay_out_for_decoding
     from fathom.targets import is_preset, open_model, pick
 
     line = GenerationDefaults(
@@ -365,6 +368,7 @@ def chat(
     line.check()
     with console.progress() as bar:
         built = open_model(model, device=pick(device), dtype=dtype, seed=seed, progress=bar)
+    lay_out_for_decoding(built)
     if is_preset(model):
         typer.echo(f"{model} is a preset: its weights are random", err=True)
     template = template_of(built)
