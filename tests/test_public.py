@@ -114,7 +114,7 @@ def test_saving_never_overwrites_and_names_what_is_missing(tmp_path: Path) -> No
     model = fathom.build("tiny-llama")
     with pytest.raises(ValueError, match="is there already"):
         fathom.save(model, tmp_path)
-    with pytest.raises(ValueError, match="format must be 'fathom' or 'hf', got 'onnx'"):
+    with pytest.raises(ValueError, match="format must be one of fathom, hf, gguf, got 'onnx'"):
         fathom.save(model, tmp_path / "new", format="onnx")  # pyright: ignore
     with pytest.raises(ValueError, match="dtype goes with format='hf'"):
         fathom.save(model, tmp_path / "new", dtype="bfloat16")

@@ -19,6 +19,7 @@ from fathom.convert.checkpoint import (
 from fathom.convert.families import read_config
 from fathom.convert.fetch import located
 from fathom.convert.gguf import is_gguf, open_gguf
+from fathom.convert.gguf_save import Kind, write_gguf
 from fathom.convert.load import load_foreign
 from fathom.convert.run_folder import CONFIG, CheckpointError, load_model, save_model
 from fathom.convert.save import DTYPES as SAVED
@@ -40,6 +41,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+FORMATS = ("fathom", "hf", "gguf")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -110,30 +112,36 @@ def save(
     out: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
-    format: Literal["fathom", "hf"] = "fathom",
+    format: Literal["fathom", "hf", "gguf"] = "fathom",
     dtype: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model as a new folder.
+    """Write a model as a new folder, or a Llama as a GGUF file.
 
     Args:
         tokenizer: None: the one that came with the model, or the bundled one of its size.
         format: ``fathom``: what ``load`` reads; ``hf``: what transformers, vLLM and SGLang read
-            too.
-        dtype: with ``hf``: float32, bfloat16, float16 or fp8; None: as the model is.
+            too; ``gguf``: what llama.cpp reads too.
+        dtype: with ``hf``: float32, bfloat16, float16 or fp8; None: as the model is. With
+            ``gguf``: float16 or q8_0; None: float16.
         force: replace a checkpoint that is at ``out``.
-        progress: with ``hf``: told of the stage, the bytes written, the bytes in all.
+        progress: with ``hf`` and ``gguf``: told of the stage, the bytes written, the bytes in all.
 
     Raises:
         ValueError: ``out`` is there already, no tokenizer is known, or Hugging Face's families have
             no such model.
     """
-    require(format in ("fathom", "hf"), f"format must be 'fathom' or 'hf', got {format!r}")
-    if format == "hf":
+    require(format in FORMATS, f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format != "fathom":
         if tokenizer is None and getattr(model, "origin", None) is None:
             tokenizer = tokenizer_of(model)
-        write_hf(of_model(model, tokenizer), Path(out), dtype=dtype, force=force, progress=progress)
+        export = of_model(model, tokenizer)
+        if format == "gguf":
+            kind = _gguf_kind(dtype)
+            write_gguf(export, Path(out), kind=kind, force=force, progress=progress)
+        else:
+            write_hf(export, Path(out), dtype=dtype, force=force, progress=progress)
         return
     require(dtype is None, "dtype goes with format='hf': load the model in the dtype you want")
     tokenizer = tokenizer or tokenizer_of(model)
@@ -144,11 +152,18 @@ def save(
     save_model(model, tokenizer, Path(out), force=force)
 
 
+def _gguf_kind(dtype: str | None) -> Kind:
+    """GGUF's name of a type."""
+    kinds: dict[str | None, Kind] = {None: "F16", "float16": "F16", "fp16": "F16", "q8_0": "Q8_0"}
+    require(dtype in kinds, f"dtype of a GGUF file must be fp16 or q8_0, got {dtype!r}")
+    return kinds[dtype]
+
+
 def convert_model(
     model: str | Path,
     out: str | Path,
     *,
-    format: Literal["fathom", "hf"] = "hf",
+    format: Literal["fathom", "hf", "gguf"] = "hf",
     dtype: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -159,12 +174,18 @@ def convert_model(
     that is not asked to change stays as it is, FP8 too.
 
     Args:
-        dtype: float32, bfloat16, float16 (or fp32, bf16, fp16), or with ``hf`` fp8; None: as it is.
+        dtype: float32, bfloat16, float16 (or fp32, bf16, fp16), or with ``hf`` fp8; with ``gguf``
+            fp16 or q8_0; None: as it is.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
         ValueError: as :func:`save`.
     """
+    if format == "gguf":
+        _gguf_kind(dtype)  # checked before a large model is loaded
+        loaded = load(model, progress=progress)
+        save(loaded, out, format=format, dtype=dtype, force=force, progress=progress)
+        return
     dtype = dtype if dtype is None else SHORT.get(dtype, dtype)
     known = f"dtype must be one of {', '.join(SAVED)}, got {dtype!r}"
     require(dtype is None or dtype in SAVED, known)

@@ -23,6 +23,7 @@ class Format(StrEnum):
 class Layout(StrEnum):
     hf = "hf"
     fathom = "fathom"
+    gguf = "gguf"
 
 
 def _import(paths: list[Path] | None) -> list[Path]:
@@ -404,11 +405,13 @@ def fetch(
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint of any kind.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder or file to write.")],
     layout: Annotated[
-        Layout, typer.Option("--format", help="Hugging Face's, or ours.")
+        Layout, typer.Option("--format", help="Hugging Face's, ours, or llama.cpp's.")
     ] = Layout.hf,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, fp8; as it is.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16, fp8, q8_0; as it is.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Load both, compare logits.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint there.")] = False,
 ) -> None:
@@ -418,6 +421,7 @@ def convert(
     Example:
       fathom convert runs/tiny out/tiny --verify
       fathom convert DeepSeek-V3 DeepSeek-V3-bf16 --dtype bf16
+      fathom convert runs/tiny tiny.gguf --format gguf
     """
     from fathom.api import convert_model, difference
 

@@ -1,0 +1,237 @@
+"""A Llama as a GGUF file that llama.cpp reads: F16, or Q8_0 where rows hold whole blocks.
+
+What ``gguf.py`` reads, written: the same names, query and key rows in adjacent pairs, vectors in
+float32. Tensors are written one at a time. The container is the library ``gguf``'s.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fathom.attention import MHAConfig
+from fathom.config import ModelConfig
+from fathom.convert.gguf import FRAME, KEYS, LAYER, ROPE_FACTORS, SUFFIX
+from fathom.convert.gguf_tokenizer import CONTROL, CUTS, NORMAL, PREFIX
+from fathom.convert.hf_tokenizer import object_in, read_hf_tokenizer
+from fathom.convert.rules import Deinterleave
+from fathom.convert.run_folder import TOKENIZER
+from fathom.convert.save import Export, counter, require_room
+from fathom.convert.source import Progress
+from fathom.layers.base import require
+from fathom.layers.position import RopeConfig
+from fathom.layers.rope import LinearScaling, Llama3Scaling, YarnScaling, inverse_frequencies
+
+USER_DEFINED = 4  # a token_type
+FILE_TYPES = {"F16": 1, "Q8_0": 7}
+Kind = Literal["F16", "Q8_0"]
+
+
+def write_gguf(
+    export: Export,
+    out: Path,
+    *,
+    kind: Kind = "F16",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the file, which is there whole or not at all.
+
+    Args:
+        export: as for ``write_hf``.
+        kind: of the matrices.
+        force: replace a file at ``out``.
+
+    Raises:
+        ValueError: no Llama, a tokenizer that GGUF has no name for, or ``out`` is there already.
+    """
+    from gguf import GGUFWriter
+
+    require(kind in FILE_TYPES, f"kind must be one of {', '.join(FILE_TYPES)}, got {kind!r}")
+    require(out.suffix == SUFFIX, f"a GGUF file must be called *{SUFFIX}, got {out}")
+    require(force or not os.path.lexists(out), f"{out} is there already: name another file")
+    attention = _attention(export)
+    require_room(out, export.source, export.files)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        writer = GGUFWriter(str(partial), "llama")
+        for name, value in (fields(export) | {"general.file_type": FILE_TYPES[kind]}).items():
+            _add(writer, name, value)
+        names = {_gguf_name(name): name for name in export.source.entries}
+        factors = _divisors(attention)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+        for theirs, name in names.items():
+            _add_info(writer, theirs, export.source.entries[name].shape, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        report = counter(f"writing {out.name}", export.source, progress)
+        for name in names.values():
+            tensor = _arranged(name, export.source.read(name), attention)
+            writer.write_tensor_data(_content(tensor, kind))
+            report(export.source.entries[name].num_bytes)
+            export.source.release(name)
+        writer.close()
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _attention(export: Export) -> MHAConfig:
+    attention = export.cfg.groups[0].attention
+    if export.config.get("model_type") != "llama" or not isinstance(attention, MHAConfig):
+        found = export.config.get("model_type")
+        raise ValueError(f"only Llamas are written as GGUF, and this is {found!r}: use format='hf'")
+    return attention
+
+
+def _gguf_name(name: str) -> str:
+    """``model.layers.3.self_attn.q_proj.weight`` as ``blk.3.attn_q.weight``."""
+    stem, _, last = name.rpartition(".")
+    frame = {theirs: ours for ours, theirs in FRAME.items()}
+    if stem in frame:
+        return f"{frame[stem]}.{last}"
+    layer = {theirs: ours for ours, theirs in LAYER.items()}
+    _, _, index, part = stem.split(".", 3)
+    return f"blk.{index}.{layer[part]}.{last}"
+
+
+def _kind(shape: tuple[int, ...], kind: Kind) -> str:
+    if len(shape) == 1:
+        return "F32"
+    return kind if kind == "F16" or shape[-1] % 32 == 0 else "F16"
+
+
+def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: Kind) -> None:
+    from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+
+    form = _kind(shape, kind)
+    if form != "Q8_0":
+        dtype = np.dtype(np.float32 if form == "F32" else np.float16)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+        return
+    rows = quant_shape_to_byte_shape(shape, GGMLQuantizationType.Q8_0)
+    raw = GGMLQuantizationType.Q8_0
+    writer.add_tensor_info(name, rows, np.dtype(np.uint8), int(np.prod(rows)), raw_dtype=raw)
+
+
+def _content(tensor: Tensor, kind: Kind) -> np.ndarray:
+    from gguf import GGMLQuantizationType, quants
+
+    numbers, form = tensor.float().numpy(), _kind(tuple(tensor.shape), kind)
+    if form == "Q8_0":
+        return quants.quantize(numbers, GGMLQuantizationType.Q8_0)
+    return numbers if form == "F32" else numbers.astype(np.float16)
+
+
+def _arranged(name: str, tensor: Tensor, cfg: MHAConfig) -> Tensor:
+    """Query and key rows in adjacent pairs, as llama.cpp turns them."""
+    if ".q_proj." in name or ".k_proj." in name:
+        return Deinterleave(name, name, cfg.head_dim, cfg.head_dim).save(tensor)
+    return tensor
+
+
+def _divisors(cfg: MHAConfig) -> np.ndarray | None:
+    """Llama 3.1's scaling as llama.cpp stores it: a divisor for each pair of channels."""
+    assert isinstance(cfg.position, RopeConfig)
+    scaling = cfg.position.scaling
+    if not isinstance(scaling, Llama3Scaling):
+        return None
+    plain = inverse_frequencies(cfg.head_dim, cfg.position.theta)
+    return (plain / scaling.scale(plain, cfg.position.theta, 0)).to(torch.float32).numpy()
+
+
+def fields(export: Export) -> dict[str, Any]:
+    """The file's fields: the shape, the position, the tokenizer.
+
+    Raises:
+        ValueError: what GGUF's Llama has no field for.
+    """
+    cfg, attention = export.cfg, _attention(export)
+    config = {**export.config, "head_dim": attention.head_dim}
+    config["num_key_value_heads"] = attention.n_kv_heads
+    said = {f"llama.{field}": config[key] for key, field in KEYS.items() if key in config}
+    assert isinstance(attention.position, RopeConfig)
+    said |= {
+        "llama.vocab_size": cfg.vocab_size,
+        "llama.attention.value_length": attention.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": cfg.norm_eps,
+        "llama.rope.dimension_count": attention.head_dim,
+        "llama.rope.freq_base": attention.position.theta,
+        **_scaling_fields(attention.position),
+    }
+    return {**said, **tokenizer_fields(export.files, cfg)}
+
+
+def _scaling_fields(position: RopeConfig) -> dict[str, Any]:
+    scaling = position.scaling
+    if scaling is None or isinstance(scaling, Llama3Scaling):
+        return {}
+    plain = isinstance(scaling, LinearScaling | YarnScaling)
+    if isinstance(scaling, YarnScaling):
+        usual = YarnScaling(factor=scaling.factor, original_seq_len=scaling.original_seq_len)
+        plain = scaling == usual
+    require(plain, f"GGUF's Llama has no field for the RoPE scaling {scaling}")
+    said = {"llama.rope.scaling.type": scaling.kind, "llama.rope.scaling.factor": scaling.factor}
+    if isinstance(scaling, YarnScaling):
+        said["llama.rope.scaling.original_context_length"] = scaling.original_seq_len
+    return said
+
+
+def tokenizer_fields(files: Mapping[str, bytes], cfg: ModelConfig) -> dict[str, Any]:
+    """``tokenizer.ggml.*`` and the chat template, from a Hugging Face folder's files.
+
+    Raises:
+        ValueError: a way of cutting text that GGUF has no name for here.
+    """
+    if TOKENIZER not in files:
+        return {}
+    tokenizer = read_hf_tokenizer(files, "the model")
+    described = json.loads(files[TOKENIZER])
+    cut = (described.get("pre_tokenizer") or {}).get("pretokenizers")
+    names = [name for name, known in CUTS.items() if _bare(known) == _bare(cut or [])]
+    require(bool(names), f"GGUF has no name here for the pre-tokenizer {str(cut)[:100]}")
+    special = {token["id"]: token["special"] for token in described.get("added_tokens", [])}
+    kinds = [
+        NORMAL if i not in special else CONTROL if special[i] else USER_DEFINED
+        for i in range(tokenizer.vocab_size)
+    ]
+    unused = range(tokenizer.vocab_size, cfg.vocab_size)  # rows of the embedding without a token
+    merges = described["model"]["merges"]
+    said = {
+        "model": "gpt2",
+        "pre": names[0],
+        "tokens": [tokenizer.token_name(i) for i in range(len(kinds))]
+        + [f"[unused{i}]" for i in unused],
+        "token_type": kinds + [CONTROL for _ in unused],
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "add_bos_token": bool(tokenizer.begin_ids),
+    }
+    found = {PREFIX + name: value for name, value in said.items()}
+    template = files.get("chat_template.jinja", b"").decode()
+    template = template or object_in(files, "tokenizer_config.json", "").get("chat_template")
+    return {**found, "tokenizer.chat_template": template} if isinstance(template, str) else found
+
+
+def _bare(steps: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What of a pre-tokenizer decides where text is cut."""
+    keys = ("type", "individual_digits", "add_prefix_space", "use_regex", "pattern", "behavior")
+    return [tuple(str(step.get(key)) for key in keys) for step in steps]
+
+
+def _add(writer: Any, name: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(name, value)
+    else:
+        add = {bool: "bool", int: "uint32", float: "float32", str: "string"}[type(value)]
+        getattr(writer, f"add_{add}")(name, value)
