@@ -41,6 +41,7 @@ def test_a_pipe_gets_the_plan_and_one_line_per_run(study, task):
         told.started(task(arm, seed))
         told.finished(task(arm, seed), result(bpb))
     told.finished(task("moe", 1), {"failed": "not finite"})
+    told.finished(task("mqa", 9), result(9.0))
     text = stream.getvalue()
     assert "same 512 tokens" in text
     assert "1m 15s" in text
@@ -49,6 +50,7 @@ def test_a_pipe_gets_the_plan_and_one_line_per_run(study, task):
     assert "mqa seed 1 lr 0.1: 2.2500 bits per byte (+0.2500 against mha so far)" in text
     assert "mqa seed 2 lr 0.1: 3.0000 bits per byte (+0.2500 against mha so far)" in text
     assert "moe seed 1 lr 0.1 failed: not finite" in text
+    assert "mqa seed 9 lr 0.1: 9.0000 bits per byte; about" in text  # a sweep's: no difference
 
 
 def test_a_terminal_gets_a_table_of_arms_and_seeds(study, task):

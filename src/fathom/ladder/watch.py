@@ -187,7 +187,7 @@ class Board:
         return {
             seed: result["val_bpb"]
             for (name, seed), result in self.results.items()
-            if name == arm and not result["failed"]
+            if name == arm and seed in self.seeds and not result["failed"]
         }
 
     def delta(self, arm: str) -> float | None:
@@ -201,7 +201,8 @@ class Board:
         run = f"{task.arm} seed {task.cfg.train.seed} lr {task.cfg.train.lr:g}"
         if result["failed"]:
             return f"{run} failed: {result['failed']}"
-        delta = self.delta(task.arm)
+        judged = task.cfg.train.seed in self.seeds  # a sweep's runs differ in their rates as well
+        delta = self.delta(task.arm) if judged else None
         against = (
             "" if delta is None else f" ({delta:+.4f} against {self.parents[task.arm]} so far)"
         )
