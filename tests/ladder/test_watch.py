@@ -84,9 +84,7 @@ def test_the_end_shows_losses_verdicts_failures_and_anchors():
     }
     stream = io.StringIO()
     Lines(stream).results(results)
-    rows = {
-        line.split("│")[1].strip(): line for line in stream.getvalue().splitlines() if "│" in line
-    }
+    rows = {line.split()[0]: line for line in stream.getvalue().splitlines() if line.split()}
     assert "2.0000" in rows["mha"]
     assert "2.5000" in rows["mqa"]
     assert "worse: by 0.5" in rows["mqa"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -119,11 +120,12 @@ def reporter(stream: TextIO | None = None) -> Reporter:
 
 def plan_table(study: Study, planned: Sequence[PlannedArm], seconds: Mapping[str, float]) -> Table:
     """Arms, sizes, bytes of cache per token, and the cost of one run."""
-    table = Table(title=f"{study.name}: {study.budget.sentence} Seeds {list(study.seeds)}.")
+    title = f"{study.name}: {study.budget.sentence} Seeds {list(study.seeds)}."
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column in ("arm", "parent"):
         table.add_column(column, no_wrap=True)
     for column in ("params", "active", "cache B", "tokens", "FLOPs", "a run"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for p in planned:
         run = seconds.get(p.arm.name)
         table.add_row(
@@ -141,7 +143,7 @@ def plan_table(study: Study, planned: Sequence[PlannedArm], seconds: Mapping[str
 
 def result_table(results: Data) -> Table:
     """Each arm's loss and what the seeds say of its step; then what needs no training."""
-    table = Table(title=f"{results['study']}: held-out bits per byte")
+    table = Table(title=f"{results['study']}: held-out bits per byte", box=SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column("verdict")
