@@ -164,3 +164,19 @@ def test_nothing_is_said_of_learning_when_no_arm_finished():
     found = learned([{"name": "a", "val_bpb": {"mean": None}}], ABOUT["anchors"])
     assert found["below"] is None
     assert found["sentence"].startswith("No arm finished")
+
+
+def test_a_study_says_what_difference_it_could_have_seen(results):
+    noisy = outcome(2.0, 2.1, 2.2), outcome(2.05, 2.02, 2.31), outcome(1.9, 2.2, 2.0)
+    quiet = outcome(2.0, 2.1, 2.2), outcome(2.005, 2.102, 2.211), outcome(1.99, 2.11, 2.18)
+    deltas = []
+    for mha, mqa, moe in (noisy, quiet):
+        found = results(mha=mha, mqa=mqa, moe=moe)["detectable"]
+        assert f"{found['delta_bpb']:.3f} bits per byte" in found["sentence"]
+        deltas.append(found["delta_bpb"])
+    assert deltas[0] > 5 * deltas[1]
+
+
+def test_two_seeds_could_have_seen_nothing(results):
+    two = {name: outcome(2.0, 2.1, seeds=(1, 2)) for name in ("mha", "mqa", "moe")}
+    assert results(**two)["detectable"] == {"delta_bpb": None, "sentence": ""}

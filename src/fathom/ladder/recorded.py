@@ -113,6 +113,7 @@ class Study:
     env: dict[str, str]
     anchors: dict[str, Anchor]
     learned: str
+    detectable: str
     commands: tuple[str, ...]
     lr_note: str
     sweep: dict[str, tuple[tuple[float, float], ...]]  # arm: learning rates and their losses
@@ -180,6 +181,7 @@ def _study(data: Mapping[str, object], arms: Sequence[Arm]) -> Study:
             for key, item in table(data.get("anchors")).items()
         },
         learned=text(table(data.get("learned")).get("sentence")),
+        detectable=text(table(data.get("detectable")).get("sentence")),
         commands=tuple(text(item) for item in items(data.get("commands")) if text(item)),
         lr_note=text(data.get("lr_note")),
         sweep={arm: points for arm, item in sweep.items() if (points := _points(table(item)))},

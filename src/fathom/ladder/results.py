@@ -12,7 +12,13 @@ from statistics import fmean, stdev
 from fathom.ladder.differences import Difference
 from fathom.ladder.plan import PlannedArm
 from fathom.ladder.study import Study
-from fathom.ladder.verdict import DocumentLosses, bootstrap_interval, judge
+from fathom.ladder.verdict import (
+    DocumentLosses,
+    bootstrap_interval,
+    detectable_delta,
+    judge,
+    typical_spread,
+)
 from fathom.settings import Data, to_data
 
 Pair = tuple[list[Data], list[Data]]  # finished runs of an arm and of its parent, seed by seed
@@ -63,7 +69,8 @@ def assemble(
         about: what does not come from the arms: ``data``, ``env``, ``lr``, ``lr_note``,
             ``anchors``, ``commands``.
     """
-    verdicts = _verdicts(study, outcomes)
+    pairs = comparable(study, outcomes)
+    verdicts = _verdicts(study, outcomes, pairs)
     arms = [
         _arm(p, outcomes[p.arm.name], differing[p.arm.name], verdicts.get(p.arm.name))
         for p in planned
@@ -77,6 +84,7 @@ def assemble(
         "seeds": list(study.seeds),
         **about,
         "learned": learned(arms, about["anchors"]),
+        "detectable": detectable(pairs, len(study.seeds)),
         "arms": arms,
     }
 
@@ -160,19 +168,26 @@ def _means(tables: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
     return {key: fmean(table[key] for table in tables) for key in tables[0]} if tables else None
 
 
-def _verdicts(study: Study, outcomes: Mapping[str, ArmOutcome]) -> dict[str, Data]:
+def comparable(study: Study, outcomes: Mapping[str, ArmOutcome]) -> dict[str, Pair]:
+    """The runs of every arm that has a result, and its parent one too."""
+    return {
+        arm.name: paired(outcomes[arm.name].runs, outcomes[arm.parent].runs)
+        for arm in study.arms
+        if arm.parent is not None
+        and outcomes[arm.name].failed is None
+        and outcomes[arm.parent].failed is None
+    }
+
+
+def _verdicts(
+    study: Study, outcomes: Mapping[str, ArmOutcome], pairs: Mapping[str, Pair]
+) -> dict[str, Data]:
     """The verdict of every arm but the root; an arm that failed has none."""
-    pairs: dict[str, Pair] = {}
-    found: dict[str, Data] = {}
-    for arm in study.arms:
-        if arm.parent is None or outcomes[arm.name].failed is not None:
-            continue
-        if outcomes[arm.parent].failed is not None:
-            found[arm.name] = _no_verdict(
-                f"{arm.parent}, its parent, has no result to compare with"
-            )
-        else:
-            pairs[arm.name] = paired(outcomes[arm.name].runs, outcomes[arm.parent].runs)
+    found = {
+        arm.name: _no_verdict(f"{arm.parent}, its parent, has no result to compare with")
+        for arm in study.arms
+        if arm.parent is not None and outcomes[arm.name].failed is None and arm.name not in pairs
+    }
     parents = {arm.name: arm.parent for arm in study.arms if arm.parent is not None}
     return found | judge_pairs(pairs, parents, margin=study.margin)
 
@@ -189,14 +204,32 @@ def judge_pairs(
     """The seeds' verdict of every pair, all at once, and beside it the evaluation's uncertainty."""
     if not pairs:
         return {}
-    losses = {
+    return {
+        name: {**asdict(verdict), "evaluation_interval": evaluation_interval(*pairs[name])}
+        for name, verdict in judge(_losses(pairs), margin=margin, parents=parents).items()
+    }
+
+
+def _losses(pairs: Mapping[str, Pair]) -> dict[str, tuple[list[float], list[float]]]:
+    return {
         name: ([run["val_bpb"] for run in arm], [run["val_bpb"] for run in parent])
         for name, (arm, parent) in pairs.items()
     }
-    return {
-        name: {**asdict(verdict), "evaluation_interval": evaluation_interval(*pairs[name])}
-        for name, verdict in judge(losses, margin=margin, parents=parents).items()
-    }
+
+
+def detectable(pairs: Mapping[str, Pair], n_seeds: int) -> Data:
+    """The true difference of one arm that a study with this noise finds four times in five."""
+    spread = typical_spread(_losses(pairs)) if pairs else None
+    delta = None
+    if spread is not None:
+        delta = detectable_delta(spread, n_seeds=n_seeds, n_arms=len(pairs))
+    if delta is None:
+        return {"delta_bpb": None, "sentence": ""}
+    sentence = (
+        f"With this noise, {n_seeds} seeds and {len(pairs)} comparisons, a true difference of "
+        f"{delta:.3f} bits per byte is found four times in five; smaller ones are mostly unsure."
+    )
+    return {"delta_bpb": delta, "sentence": sentence}
 
 
 def _no_verdict(sentence: str) -> Data:
