@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -115,6 +116,7 @@ def make_peer(config: dict[str, Any], folder: Path) -> Peer:
 
 def hf_model(config: dict[str, Any]) -> Any:
     """A model with random weights, none of them at a value that would hide a mistake."""
+    pytest.importorskip("transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     rest = {key: value for key, value in config.items() if key != "model_type"}
@@ -134,6 +136,7 @@ def hf_model(config: dict[str, Any]) -> Any:
 
 def hf_load(folder: Path, **options: Any) -> Any:
     """A folder as transformers loads it; a key that it misses or does not know is an error."""
+    pytest.importorskip("transformers")
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
