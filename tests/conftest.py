@@ -1,4 +1,7 @@
-"""Shared by all tests: one thread a worker, and a device that `-m gpu` runs switch to CUDA."""
+"""Shared by all tests: one thread a worker, and a device that `-m gpu` runs switch to CUDA.
+
+Without CUDA, kernels are interpreted: on CPU tensors, in float32.
+"""
 
 import os
 
@@ -7,6 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a test first imports triton
 
 
 @pytest.fixture(scope="session", autouse=True)
