@@ -11,8 +11,12 @@ from fathom.ops.registry import autocast, choose
 
 def test_every_op_is_in_the_table_with_what_runs_where():
     rows = {row.op: row for row in table()}
-    assert set(rows) == {"attention", "cross_entropy", "grouped_mm", "norm", "permute", "rope"}
-    assert all(row.cpu == row.cuda == "torch" for row in rows.values())
+    plain = {"attention", "cross_entropy", "grouped_mm", "norm", "permute", "rope"}
+    sparse = {"block_attention", "range_attention"}
+    selections = {"select_by_mean", "select_by_importance"}
+    assert set(rows) == plain | sparse | selections
+    assert all(rows[op].cpu == rows[op].cuda == "torch" for op in plain | sparse)
+    assert all(rows[op].cpu == rows[op].cuda == "reference" for op in selections)
     assert all("no Triton kernel of this op yet" in row.why_not for row in rows.values())
 
 
@@ -39,7 +43,7 @@ def test_why_not_is_empty_for_what_runs():
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_forced_kernel_is_refused_with_the_way_out(op):
-    with pytest.raises(ValueError, match=r"cannot run: .* pass impl='auto' for 'torch'"):
+    with pytest.raises(ValueError, match=r"cannot run: .* pass impl='auto' for '(torch|reference)'"):
         choose(OPS[op], "triton", torch.ones(4, 4), torch.ones(1, 4, 4))
 
 

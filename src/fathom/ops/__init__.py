@@ -8,12 +8,20 @@ from typing import NamedTuple
 import torch
 
 from fathom.ops.attention import ATTENTION, attention
+from fathom.ops.block_attention import BLOCK_ATTENTION, block_attention
 from fathom.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
 from fathom.ops.grouped_mm import GROUPED_MM, grouped_mm
 from fathom.ops.norm import rms_norm
 from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
+from fathom.ops.range_attention import RANGE_ATTENTION, range_attention
 from fathom.ops.registry import Impl, Implementations, choose, no_kernel, takes_all
 from fathom.ops.rope import rotate
+from fathom.ops.selection import (
+    SELECT_BY_IMPORTANCE,
+    SELECT_BY_MEAN,
+    select_by_importance,
+    select_by_mean,
+)
 
 __all__ = [
     "OPS",
@@ -21,13 +29,17 @@ __all__ = [
     "OpRow",
     "Permutation",
     "attention",
+    "block_attention",
     "choose",
     "combine",
     "gather",
     "grouped_mm",
     "linear_cross_entropy",
+    "range_attention",
     "rms_norm",
     "rotate",
+    "select_by_importance",
+    "select_by_mean",
     "sort_by_expert",
     "table",
     "token_cross_entropy",
@@ -41,11 +53,15 @@ def _plain(op: str) -> Implementations:
 
 OPS = {
     "attention": ATTENTION,
+    "block_attention": BLOCK_ATTENTION,
     "cross_entropy": _plain("cross_entropy"),
     "grouped_mm": GROUPED_MM,
     "norm": _plain("norm"),
     "permute": _plain("permute"),
+    "range_attention": RANGE_ATTENTION,
     "rope": _plain("rope"),
+    "select_by_importance": SELECT_BY_IMPORTANCE,
+    "select_by_mean": SELECT_BY_MEAN,
 }
 
 
