@@ -3,12 +3,16 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
 
-from fathom.convert.run_folder import CheckpointError, committed, save_model
+from fathom.convert.parts import Part, cut
+from fathom.convert.ranks import Ranks
+from fathom.convert.run_folder import CheckpointError, committed, load_model, save_model
 from fathom.data.tokenizer import Tokenizer, train_tokenizer
 from fathom.model import build_model
 from fathom.settings import ConfigError, to_toml
@@ -26,7 +30,9 @@ from fathom.train.checkpoint import (
     save,
     set_random_state,
 )
+from fathom.train.config import RunConfig
 from fathom.train.optim import Optimizer
+from ranks import on_ranks
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -57,6 +63,37 @@ def test_what_is_saved_comes_back(make_config, parts, tokenizer, run_dir):
     for name, tensor in parts.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert torch.equal(torch.rand(4), drawn)
+
+
+def rows_of(name: str, tensor: torch.Tensor) -> torch.Tensor | Part:
+    """This rank's rows of every weight and of its optimizer state; scalars and buffers whole."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if tensor.ndim == 0 or "expert_bias" in name:
+        return tensor
+    rows = tensor.chunk(size)[rank] if rank < len(tensor.chunk(size)) else tensor[:0]
+    return cut(rows, dim=0, index=rank, parts=size, size=len(tensor))
+
+
+def save_rows(run: Path, cfg: RunConfig, parts: Parts, tokenizer: Tokenizer) -> None:
+    ranks = Ranks(dist.new_group(backend="gloo"))
+    save(run, cfg, replace(parts, place=rows_of), tokenizer, ranks)
+
+
+def test_a_checkpoint_of_three_ranks_is_that_of_one(make_config, parts, tokenizer, run_dir):
+    cfg = make_config()
+    run_dir.mkdir()
+    assert on_ranks(3, save_rows, run_dir, cfg, parts, tokenizer) == ["", "", ""]
+    (folder,) = committed(run_dir)
+    model = build_model(cfg.model, seed=8)
+    fresh = Parts(model, Optimizer(model, cfg.train))
+    restore(folder, fresh)
+    assert fresh.progress == parts.progress
+    for now, before in (
+        (model.state_dict(), parts.model.state_dict()),
+        (fresh.optimizer.state(), parts.optimizer.state()),
+        (load_model(run_dir)[0].state_dict(), parts.model.state_dict()),
+    ):
+        assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle_or_names_the_folder(

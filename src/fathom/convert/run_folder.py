@@ -12,18 +12,25 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from fathom.config import ModelConfig
+from fathom.convert.parts import (
+    CheckpointError,
+    check_whole,
+    copy_tensors,
+    opened,
+    part_path,
+    tensor_shapes,
+    write_tensors,
+)
+from fathom.convert.ranks import Ranks
 from fathom.data.shards import sync
 from fathom.data.tokenizer import Tokenizer
 from fathom.model import Decoder
@@ -38,47 +45,86 @@ COMMITTED = re.compile(r"step-(\d{8,12})")
 TEMPORARY = re.compile(r"step-\d{8,12}\.tmp-[0-9a-f]{32}")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or not one of ours (exit code 3)."""
-
-
 # --- Writing ---------------------------------------------------------------------------------
 
 
 @contextmanager
-def new_checkpoint(final: Path) -> Iterator[Path]:
+def new_checkpoint(final: Path, ranks: Ranks | None = None) -> Iterator[Path]:
     """A temporary sibling to write files into; it becomes ``final`` when the block ends well.
 
-    A folder already at ``final`` is replaced. If the block fails, nothing is left of it.
+    A folder already at ``final`` is replaced. If the block fails, nothing is left of it. Of
+    several ranks each writes files of its own, on a filesystem that they share; if one fails, all
+    do, and the rename that commits is rank 0's.
+
+    Raises:
+        OSError: the disk, or another rank, has failed.
     """
-    with new_folder(final) as folder:
-        yield folder
-        seal(folder)
+    ranks = ranks or Ranks()
+    with new_folder(final, ranks) as folder:
+        with ranks.together(f"save its part of {final}"):
+            yield folder
+            seal_own(folder, ranks)
+        if ranks.rank == 0:
+            seal(folder, ranks)
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, ranks: Ranks | None = None) -> Iterator[Path]:
     """The same for a folder that is no checkpoint of ours: no manifest is added."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder = _temporary(final)
-    folder.mkdir()
+    ranks = ranks or Ranks()
+    folder = _temporary(final, ranks.from_first(uuid.uuid4().bytes).hex())
     try:
-        yield folder
-        commit(folder, final)
+        with ranks.together(f"make {folder}"):
+            if ranks.rank == 0:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
+        with ranks.together(f"write {final}"):
+            yield folder
+            if ranks.rank == 0:
+                commit(folder, final)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def seal(folder: Path) -> None:
+def seal_own(folder: Path, ranks: Ranks) -> None:
+    """Of several ranks: sync this one's files, and leave a list of them for rank 0."""
+    if ranks.size > 1:
+        mine = [path for path in folder.iterdir() if _rank_of(path.name) == ranks.rank]
+        write_json(part_path(folder / MANIFEST, ranks.rank), _synced(mine))
+
+
+def seal(folder: Path, ranks: Ranks | None = None) -> None:
     """Sync every file, and write the manifest that lists them with sizes and hashes."""
-    files = {}
-    for path in sorted(path for path in folder.iterdir() if path.name != MANIFEST):
-        sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(folder / MANIFEST, {"format": FORMAT, "world": 1, "files": files})
+    size = 1 if ranks is None else ranks.size
+    if size == 1:
+        files = _synced([path for path in folder.iterdir() if path.name != MANIFEST])
+    else:
+        lists = [part_path(folder / MANIFEST, rank) for rank in range(size)]
+        files = {name: entry for path in lists for name, entry in read_json(path).items()}
+        for path in lists:
+            path.unlink()
+        for path in folder.glob("*.rank-00000.safetensors"):
+            check_whole(path.with_name(path.name.replace(".rank-00000", "")))
+    write_json(folder / MANIFEST, {"format": FORMAT, "world": size, "files": files})
     sync(folder / MANIFEST)
     sync(folder)
+
+
+def _synced(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Wait until files are on the disk; the manifest's entries for them."""
+    files = {}
+    for path in sorted(paths):
+        sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return files
+
+
+def _rank_of(name: str) -> int:
+    """The rank that writes a file: the one in its name, else 0."""
+    found = re.search(r"\.rank-(\d{5})\.", name)
+    return int(found[1]) if found else 0
 
 
 def commit(folder: Path, final: Path) -> None:
@@ -96,8 +142,8 @@ def remove(folder: Path) -> None:
     shutil.rmtree(nameless)
 
 
-def _temporary(final: Path) -> Path:
-    return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+def _temporary(final: Path, unique: str | None = None) -> Path:
+    return final.with_name(f"{final.name}.tmp-{unique or uuid.uuid4().hex}")
 
 
 def sweep(run: Path) -> None:
@@ -119,12 +165,6 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """JSON that is equal for equal data. ``NaN`` is refused: it is not JSON."""
     text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of the tensors as they are now."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
 
 
 def save_model(model: Decoder, tokenizer: Tokenizer, out: Path, *, force: bool = False) -> None:
@@ -160,6 +200,11 @@ def require_free(out: Path, *, force: bool) -> None:
 def write_model(folder: Path, model: Decoder, tokenizer: Tokenizer, config: str) -> None:
     """The files that make a folder a model: weights, tokenizer, config."""
     write_tensors(folder / MODEL, model.state_dict())
+    write_texts(folder, tokenizer, config)
+
+
+def write_texts(folder: Path, tokenizer: Tokenizer, config: str) -> None:
+    """The files beside the weights: tokenizer, config."""
     (folder / TOKENIZER).write_bytes(tokenizer.to_bytes())
     (folder / CONFIG).write_text(config, encoding="utf-8")
 
@@ -234,9 +279,10 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
             raise CheckpointError(
                 f"{folder} has checkpoint format {manifest['format']}, this version reads {FORMAT}"
             )
-        files = manifest["files"]
-        if not {MODEL, TOKENIZER, CONFIG} <= files.keys():
-            raise CheckpointError(f"{path} is damaged: it lists no {MODEL}")
+        files, world = manifest["files"], manifest["world"]
+        for name in [TOKENIZER, CONFIG, *_model_files(world, most=len(files))]:
+            if name not in files:
+                raise CheckpointError(f"{path} is damaged: it lists no {name}")
         for name, entry in files.items():
             plain = name == Path(name).name and type(entry["bytes"]) is int
             if not plain or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
@@ -244,6 +290,12 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         return files
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is damaged: it is not a manifest") from None
+
+
+def _model_files(world: int, most: int) -> list[str]:
+    if world == 1:
+        return [MODEL]
+    return [part_path(Path(MODEL), rank).name for rank in range(min(world, most))]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -334,12 +386,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(str(error)) from None
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a file, from its header alone."""
-    with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
 def check_shapes(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
     """Compare a file's tensors with those that a config needs, before any memory is taken.
 
@@ -360,38 +406,10 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def copy_tensors(path: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy every tensor of a file into the one of its name, one at a time.
-
-    Raises:
-        CheckpointError: the names or shapes are not the same.
-    """
-    with _opened(path) as file, torch.no_grad():
-        if set(file.keys()) != set(into):
-            odd = min(set(file.keys()) ^ set(into))
-            raise CheckpointError(f"{path} does not fit: it and the run differ in {odd}")
-        for name, target in into.items():
-            tensor = file.get_tensor(name)
-            if tensor.shape != target.shape:
-                raise CheckpointError(
-                    f"{path} does not fit: {name} is {list(tensor.shape)}, not {list(target.shape)}"
-                )
-            target.copy_(tensor)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
 def _stored_dtype(path: Path) -> str:
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    with _opened(path) as file:
-        return names[file.get_slice("embed.weight").get_dtype()]
+    with opened(path) as stored:
+        return names[stored.dtype("embed.weight")]
 
 
 def uninitialised(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:

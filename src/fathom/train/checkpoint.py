@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fathom.convert.parts import Part
+from fathom.convert.ranks import Ranks
 from fathom.convert.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -40,8 +42,8 @@ from fathom.convert.run_folder import (
     sweep,
     tensor_shapes,
     write_json,
-    write_model,
     write_tensors,
+    write_texts,
 )
 from fathom.data.tokenizer import Tokenizer
 from fathom.model import Decoder
@@ -54,6 +56,7 @@ try:
 except ImportError:  # Windows has no flock: a second run is not noticed there
     fcntl = None
 
+Place = Callable[[str, Tensor], Tensor | Part]
 OURS = (CONFIG, "env.json", "metrics.jsonl", "eval.jsonl", CHECKPOINTS)
 
 
@@ -82,26 +85,48 @@ class Parts:
     optimizer: Optimizer
     progress: Progress = field(default_factory=Progress)
     loader: dict[str, Any] = field(default_factory=dict)  # the loader's position
+    place: Place | None = None  # of several ranks: where a tensor lies in its whole
+
+    def model_tensors(self) -> dict[str, Tensor | Part]:
+        """The live weights and buffers by name, each with its place."""
+        return self._placed(self.model.state_dict())
+
+    def optimizer_tensors(self) -> dict[str, Tensor | Part]:
+        """The live state of the optimizer, likewise."""
+        return self._placed(self.optimizer.state())
+
+    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Part]:
+        place = self.place or (lambda _, tensor: tensor)
+        return {name: place(name, tensor) for name, tensor in tensors.items()}
 
 
-def save(run: Path, cfg: RunConfig, parts: Parts, tokenizer: Tokenizer) -> Path:
+def save(
+    run: Path, cfg: RunConfig, parts: Parts, tokenizer: Tokenizer, ranks: Ranks | None = None
+) -> Path:
     """Commit a checkpoint of the present step, then remove the oldest beyond ``train.keep``.
+
+    Every one of ``ranks`` calls it; all return or all raise.
 
     Raises:
         OSError: the disk is full or fails; earlier checkpoints are untouched.
     """
+    ranks = ranks or Ranks()
     final = checkpoint_path(run, parts.progress.step)
+    who = {"rank": ranks.rank, "ranks": ranks.size}
     try:
-        with new_checkpoint(final) as folder:
-            write_model(folder, parts.model, tokenizer, to_toml(cfg))
-            write_tensors(folder / OPTIMIZER, parts.optimizer.state())
-            write_json(folder / STATE, _state(cfg, parts, tokenizer))
+        with new_checkpoint(final, ranks) as folder:
+            write_tensors(folder / MODEL, parts.model_tensors(), **who)
+            write_tensors(folder / OPTIMIZER, parts.optimizer_tensors(), **who)
+            if ranks.rank == 0:
+                write_texts(folder, tokenizer, to_toml(cfg))
+                write_json(folder / STATE, _state(cfg, parts, tokenizer))
     except OSError as error:
         raise OSError(
             f"cannot save the checkpoint {final} (about {num_bytes(parts) / 1e6:,.0f} MB): "
             f"{error.strerror or error}; the checkpoints before it are untouched"
         ) from error
-    prune(run, cfg.train.keep)
+    if ranks.rank == 0:
+        prune(run, cfg.train.keep)
     return final
 
 
@@ -126,8 +151,8 @@ def restore(folder: Path, parts: Parts) -> None:
         CheckpointError: it does not fit.
     """
     state = read_json(folder / STATE)
-    copy_tensors(folder / MODEL, parts.model.state_dict())
-    copy_tensors(folder / OPTIMIZER, parts.optimizer.state())
+    copy_tensors(folder / MODEL, parts.model_tensors())
+    copy_tensors(folder / OPTIMIZER, parts.optimizer_tensors())
     try:
         parts.progress = Progress(**{name: int(state[name]) for name in asdict(Progress())})
         parts.loader = state["loader"]
