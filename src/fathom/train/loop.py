@@ -32,6 +32,7 @@ from fathom.train.device import (
     peak_flops,
     pick_device,
     reproducible,
+    uncompiled,
 )
 from fathom.train.evaluate import Evaluation, evaluate, last_evaluation
 from fathom.train.metrics import (
@@ -275,11 +276,12 @@ class Trainer:
     def look_around(self, *, saving: bool) -> None:
         """Evaluate, write a sample and save, each if it is due. Their time is nobody's speed."""
         cfg = self.cfg.train
-        if self.due(cfg.eval_every):
-            self.evaluate()
-        if self.sample is not None and self.due(cfg.sample_every):
-            text = self.sample(self.model, self.dataset.tokenizer)
-            self.reporter.sample(self.progress.step, text)
+        with uncompiled(self.model):
+            if self.due(cfg.eval_every):
+                self.evaluate()
+            if self.sample is not None and self.due(cfg.sample_every):
+                text = self.sample(self.model, self.dataset.tokenizer)
+                self.reporter.sample(self.progress.step, text)
         if saving or self.due(cfg.save_every):
             self.save()
         self.clock = time.perf_counter()
