@@ -1,6 +1,6 @@
 """Every attention and position that the tests run through, tiny."""
 
-from fathom.attention import AttentionConfig, MHAConfig, MLAConfig
+from fathom.attention import AttentionConfig, MHAConfig, MLAConfig, MoBAConfig
 from fathom.layers.position import (
     AlibiConfig,
     AnyPosition,
@@ -27,6 +27,11 @@ def mla(position: RopeConfig = ROPE, q_lora_rank: int | None = None, **changes) 
     return MLAConfig(n_heads=4, q_lora_rank=q_lora_rank, position=position, **sizes, **changes)
 
 
+def moba(position: RopeConfig | NoPositionConfig = ROPE, **changes) -> MoBAConfig:
+    sizes = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "block_size": 2, "topk_blocks": 3}
+    return MoBAConfig(position=position, **sizes | changes)
+
+
 KINDS: dict[str, AttentionConfig] = {
     "mha": mha(n_kv_heads=4),
     "gqa": mha(),
@@ -50,6 +55,11 @@ KINDS: dict[str, AttentionConfig] = {
     "mla-expanded": mla(absorb="never"),
     "mla-bias": mla(q_lora_rank=20, bias=True),
     "mla-yarn": mla(YARN),
+    "moba": moba(),
+    "moba-mha-no-position": moba(NoPositionConfig(), n_kv_heads=4, block_size=3, topk_blocks=2),
+    "moba-current-block": moba(block_size=4, topk_blocks=1),
+    "moba-key-conv": moba(key_conv_size=3),
+    "moba-full": moba(full_from=0.9),
 }
 # theta depends on the length in use, so a shorter call is another function: not in KINDS
 DYNAMIC = mha(RopeConfig(scaling=DynamicScaling(factor=2.0, original_seq_len=4)))

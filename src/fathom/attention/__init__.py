@@ -3,7 +3,12 @@
 from fathom.attention.base import Attention, AttentionConfig
 from fathom.attention.mha import MHAConfig
 from fathom.attention.mla import MLAConfig
+from fathom.attention.moba import MoBAConfig
 
-ATTENTION: dict[str, type[AttentionConfig]] = {"mha": MHAConfig, "mla": MLAConfig}
+ATTENTION: dict[str, type[AttentionConfig]] = {
+    "mha": MHAConfig,
+    "mla": MLAConfig,
+    "moba": MoBAConfig,
+}
 
-__all__ = ["ATTENTION", "Attention", "AttentionConfig", "MHAConfig", "MLAConfig"]
+__all__ = ["ATTENTION", "Attention", "AttentionConfig", "MHAConfig", "MLAConfig", "MoBAConfig"]

@@ -71,15 +71,27 @@ class Step:
         """The same step as one layer sees it."""
         return self if cache is None else replace(self, cache=cache)
 
-    def append(self, *new: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
+    def append(
+        self, *new: Tensor, names: Sequence[str] | None = None
+    ) -> tuple[Tensor | None, Sequence[Tensor]]:
         """Store new cache rows; return ``(key_positions_BS, streams)``, all tokens so far.
 
         Without a cache the rows come back as they are and ``key_positions`` is None: the keys are
-        the queries' own tokens.
+        the queries' own tokens. ``names``: the streams, where a layer does not keep all alike.
         """
         if self.cache is None:
             return None, new
-        return self.cache.append(self.positions_BT, self.total, new)
+        return self.cache.append(self.positions_BT, self.total, new, names)
+
+    def places(self, name: str) -> Tensor:
+        """Where the step's tokens stand among the rows that ``append`` gives of a stream.
+
+        ``[B, T]``; the tokens of a document stand one after the other.
+        """
+        if self.cache is not None:
+            return self.cache.stores[name].places(self.positions_BT)
+        batch, length = self.positions_BT.shape
+        return torch.arange(length, device=self.positions_BT.device).expand(batch, -1)
 
     def mask(
         self,

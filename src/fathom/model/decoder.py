@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fathom.attention import Attention
 from fathom.config import ModelConfig
 from fathom.ffn import Routing
 from fathom.ffn.moe import MoE
@@ -155,10 +156,12 @@ class Decoder(nn.Module):
             tokens_BT: inputs.
             targets_BT: the next token of each, -100 where there is none.
             cu_seqlens: borders of packed documents.
-            progress: share of training done, 0 to 1, for MTP's weight.
+            progress: share of training done, 0 to 1, for MTP's weight and attentions' schedules.
             denominator: valid targets of the whole optimizer step, so that the micro-batches of
                 an accumulation add up to one mean; None: those of this batch.
         """
+        for attention in self.attentions():
+            attention.set_progress(progress)
         step = Step.full(tokens_BT, cu_seqlens)
         hidden = self.hidden(tokens_BT, step)
         valid = (targets_BT != IGNORE).sum()
@@ -189,6 +192,10 @@ class Decoder(nn.Module):
         states_BTD = self.hidden(tokens_BT, Step.full(tokens_BT, cu_seqlens)).states_BTD
         flat = token_cross_entropy(states_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
         return flat.view_as(targets_BT)
+
+    def attentions(self) -> list[Attention]:
+        """Of every layer, the main ones first, then MTP's."""
+        return [part for part in self.modules() if isinstance(part, Attention)]
 
     def moe_layers(self) -> list[tuple[str, MoE]]:
         """Every MoE with its name, in the order of ``Losses.routing``."""
