@@ -24,6 +24,18 @@ class Selection(NamedTuple):
     block_size: int
 
 
+class Indexing(NamedTuple):
+    """What an attention with an indexer says beside its output. Returned, never stored.
+
+    Args:
+        loss: what trains the indexer, a weighted scalar; None: nothing is to be trained.
+        selected_BTN: the tokens that each query read, for layers above to share; None: all.
+    """
+
+    loss: Tensor | None
+    selected_BTN: Tensor | None
+
+
 class Attention(nn.Module, ABC):
     """``forward(x_BTD, step) -> [B, T, D]``, the output projection included."""
 
@@ -36,6 +48,10 @@ class Attention(nn.Module, ABC):
     def selection(self, x_BTD: Tensor, step: Step) -> Selection | None:
         """Which blocks a sparse attention selects, for probes. None: it reads all it may see."""
         return None
+
+    def attend(self, x_BTD: Tensor, step: Step) -> tuple[Tensor, Indexing | None]:
+        """What a block calls: ``forward``, and what an indexer says (None: there is none)."""
+        return self(x_BTD, step), None
 
     def scores(self, x_BTD: Tensor, step: Step) -> Tensor | None:
         """Scores before the softmax, ``[B, H, T, S]``, ``-inf`` where nothing may be seen.

@@ -21,12 +21,14 @@ class Step:
         total: positions in use after this step (equal to T without a cache); a host integer.
         visible_BTT: True where the token of a row may see the other; None: plain causal.
         cache: this layer's cache, or None.
+        selected_BTN: what an indexer below chose for each query, for layers that share it.
     """
 
     positions_BT: Tensor
     total: int
     visible_BTT: Tensor | None = None
     cache: LayerCache | None = None
+    selected_BTN: Tensor | None = None
 
     @classmethod
     def full(cls, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> "Step":
@@ -67,9 +69,22 @@ class Step:
             positions_BT = starts_B[:, None] + places
         return cls(positions_BT, total=cache.length + length)
 
-    def at(self, cache: LayerCache | None) -> "Step":
+    def at(self, cache: LayerCache | None, selected_BTN: Tensor | None = None) -> "Step":
         """The same step as one layer sees it."""
-        return self if cache is None else replace(self, cache=cache)
+        if cache is None and selected_BTN is None:
+            return self
+        return replace(self, cache=cache, selected_BTN=selected_BTN)
+
+    def places(self) -> Tensor:
+        """``[B, T]``: each token's own index among the keys, in a cache its position."""
+        if self.cache is not None:
+            return self.positions_BT
+        places = torch.arange(self.positions_BT.shape[1], device=self.positions_BT.device)
+        return places.expand_as(self.positions_BT)
+
+    def begins(self) -> Tensor:
+        """``[B, T]``: the index among the keys of the first token of each token's document."""
+        return self.places() - self.positions_BT
 
     def append(
         self, *new: Tensor, names: Sequence[str] | None = None

@@ -43,7 +43,7 @@ from fathom.train.metrics import (
     replace_text,
     routing_figures,
 )
-from fathom.train.optim import Optimizer, clip_gradients
+from fathom.train.optim import Optimizer, clip_gradients, freeze_all_but
 from fathom.train.progress import Reporter
 from fathom.train.schedule import lr_factor, rows_at
 from fathom.train.stop import StopSignals
@@ -145,6 +145,7 @@ class Trainer:
         dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
         self.model = build_model(cfg.model, seed=cfg.train.seed, device=device, dtype=dtype)
         self.model.checkpoint_blocks = cfg.train.activation_checkpointing
+        freeze_all_but(self.model, cfg.train.only)
         self.parts = checkpoint.Parts(self.model, Optimizer(self.model, cfg.train))
         self.rows = cfg.train.micro_batch_size or rows_at(cfg, 0)
         self.loader = Loader(dataset, cfg.data, batch_size=self.rows, seed=cfg.train.seed)
@@ -176,7 +177,8 @@ class Trainer:
         grad_norm = clip_gradients(self.model, cfg.grad_clip)
         skip = 1 - torch.isfinite(sums.losses["total_loss"] + grad_norm).float()
         self.parts.optimizer.step(lr, skip)
-        self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
+        if not cfg.only:
+            self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
         self.model.zero_grad(set_to_none=True)
         self.record(targets, lr, sums, {"grad_norm": grad_norm, "skipped": skip})
 
