@@ -15,7 +15,7 @@ tokens, L query latent.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -68,6 +68,22 @@ class DSAConfig(MLAConfig):
         require(
             self.index_loss_coeff >= 0,
             f"index_loss_coeff must be at least 0, got {self.index_loss_coeff}",
+        )
+
+    @classmethod
+    def beside(
+        cls, mla: MLAConfig, *, index_n_heads: int, index_head_dim: int, index_topk: int
+    ) -> "DSAConfig":
+        """``mla`` with an indexer."""
+        return cls(
+            **{
+                field.name: getattr(mla, field.name)
+                for field in fields(mla)
+                if field.name != "kind"
+            },
+            index_n_heads=index_n_heads,
+            index_head_dim=index_head_dim,
+            index_topk=index_topk,
         )
 
     def build(self, dim: int) -> "DSA":

@@ -11,16 +11,15 @@ Shapes: B batch, T queries, C queries of a chunk, S keys, J index heads, I index
 tokens, H main heads, G main key heads, Q main key width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fathom.ops.chunks import spans
 from fathom.ops.registry import Impl, Implementations, choose, no_kernel, op, takes_all
 from fathom.ops.registry import wide as wide_dtype
-
-CHUNK_BYTES = 2**26  # of per-head scores that exist at a time
 
 INDEX_TOPK = Implementations(
     op="index_topk", refusals={"triton": no_kernel, "reference": takes_all}
@@ -79,12 +78,6 @@ def visible(places_BT: Tensor, begins_BT: Tensor, n_keys: int) -> Tensor:
     return (keys_S <= places_BT[..., None]) & (keys_S >= begins_BT[..., None])
 
 
-def chunks(n_queries: int, bytes_per_query: int) -> Iterator[slice]:
-    """Queries whose scores exist together."""
-    step = max(1, CHUNK_BYTES // max(bytes_per_query, 1))
-    return (slice(a, min(a + step, n_queries)) for a in range(0, n_queries, step))
-
-
 def _topk_flops(q: Sequence[int], k: Sequence[int], *_: Any) -> int:
     return 2 * q[0] * q[1] * q[2] * k[1] * (q[3] + 1)
 
@@ -107,8 +100,7 @@ def _index_topk(
     batch, n_queries, n_heads, _ = q_BTJI.shape
     n_keys = k_BSI.shape[1]
     out_BTN = places_BT.new_empty(batch, n_queries, min(topk, n_keys), dtype=torch.int32)
-    row = batch * n_heads * n_keys * wide_dtype(q_BTJI.dtype).itemsize
-    for c in chunks(n_queries, row):
+    for c in spans(n_queries, batch * n_heads * n_keys):
         scores_BCS = index_scores(q_BTJI[:, c], k_BSI, weight_BTJ[:, c])
         seen_BCS = visible(places_BT[:, c], begins_BT[:, c], n_keys)
         scores_BCS = scores_BCS.masked_fill(~seen_BCS, float("-inf"))
@@ -259,7 +251,7 @@ def _index_loss(
     )
     grads = [torch.zeros_like(t) for t in (q_BTJI, k_BSI, weight_BTJ)] if need_grads else []
     total, count = q_BTJI.new_zeros(()), places_BT.numel()
-    for c in chunks(q_BTJI.shape[1], _loss_row_bytes(q_BTJI, k_BSI, main_q, main_k, selected_BTN)):
+    for c in spans(q_BTJI.shape[1], _numbers(q_BTJI, k_BSI, main_q, main_k, selected_BTN)):
         if selected_BTN is None:
             chosen_BCN, k, own_main_k = None, k_BSI, main_k
             seen_BCN = visible(places_BT[:, c], begins_BT[:, c], k_BSI.shape[1])
@@ -279,14 +271,14 @@ def _index_loss(
     return total, grads[0], grads[1], grads[2]
 
 
-def _loss_row_bytes(
+def _numbers(
     q_BTJI: Tensor, k_BSI: Tensor, main_q: Tensor, main_k: Tensor, selected_BTN: Tensor | None
 ) -> int:
     """Of one query's scores, and of its own copy of the keys where it selects them."""
     heads, width = q_BTJI.shape[2] + main_q.shape[2], k_BSI.shape[1]
     if selected_BTN is not None:
         heads, width = heads + k_BSI.shape[-1] + main_k[0, 0].numel(), selected_BTN.shape[-1]
-    return q_BTJI.shape[0] * width * heads * q_BTJI.itemsize
+    return q_BTJI.shape[0] * width * heads
 
 
 def _add_rows(into_BSI: Tensor, rows: Tensor, chosen_BCN: Tensor | None) -> None:

@@ -220,7 +220,7 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def init_from(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
-    """Begin with the weights of a run or checkpoint folder; indexers that it lacks stay as they are.
+    """Begin with the weights of a run or checkpoint folder; an indexer it lacks stays as it is.
 
     Raises:
         CheckpointError: its tokenizer or its shapes are not this run's.
