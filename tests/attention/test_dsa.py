@@ -97,7 +97,7 @@ def recall(attention: DSA, x: Tensor, step: Step, topk: int) -> float:
     true = weights.topk(topk).indices
     angles = attention.rope.angles(step.positions_BT, step.total)
     indices = attention.indexer(x, attention.query_latent(x), angles)
-    found = index_topk(*indices, step.places(), step.begins(), topk=topk)[:, topk:]
+    found = index_topk(*indices, *attention.interval(step), topk=topk)[:, topk:]
     return (found[..., None] == true[..., None, :]).any(-1).double().mean().item()
 
 

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fathom.attention.base import Indexing
+from fathom.attention.base import Indexing, Selection
 from fathom.attention.mla import MLA, MLAConfig
 from fathom.layers.base import require, require_positive
 from fathom.layers.cache import Stream
@@ -195,7 +195,17 @@ class DSA(MLA):
             return None
         if indices is None:
             return step.selected_BTN
-        return index_topk(*indices, step.places(), step.begins(), topk=self.cfg.index_topk)
+        return index_topk(*indices, *self.interval(step), topk=self.cfg.index_topk)
+
+    def interval(self, step: Step) -> tuple[Tensor, Tensor]:
+        """What a query may see: its own place among the keys, and the first of its document."""
+        places_BT = step.places("latent")
+        return places_BT, places_BT - step.positions_BT
+
+    @torch.no_grad()
+    def selection(self, x_BTD: Tensor, step: Step) -> Selection | None:
+        selected_BTN = self.attend(x_BTD, step)[1].selected_BTN
+        return None if selected_BTN is None else Selection(selected_BTN[:, :, None], 1)
 
     def read_selected(
         self,
@@ -209,7 +219,7 @@ class DSA(MLA):
         core = partial(
             block_attention,
             starts_BTIN=selected_BTN[:, :, None],
-            places_BT=step.places(),
+            places_BT=step.places("latent"),
             block_size=1,
             scale=self.scale,
         )
@@ -237,8 +247,7 @@ class DSA(MLA):
         loss = index_loss(
             *indices,
             *main,
-            step.places(),
-            step.begins(),
+            *self.interval(step),
             scale=self.scale,
             selected_BTN=selected_BTN,
         )

@@ -75,17 +75,6 @@ class Step:
             return self
         return replace(self, cache=cache, selected_BTN=selected_BTN)
 
-    def places(self) -> Tensor:
-        """``[B, T]``: each token's own index among the keys, in a cache its position."""
-        if self.cache is not None:
-            return self.positions_BT
-        places = torch.arange(self.positions_BT.shape[1], device=self.positions_BT.device)
-        return places.expand_as(self.positions_BT)
-
-    def begins(self) -> Tensor:
-        """``[B, T]``: the index among the keys of the first token of each token's document."""
-        return self.places() - self.positions_BT
-
     def append(
         self, *new: Tensor, names: Sequence[str] | None = None
     ) -> tuple[Tensor | None, Sequence[Tensor]]:
