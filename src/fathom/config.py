@@ -4,11 +4,12 @@ A model is a list of layer groups, so hybrids are lists, not flags. The classes 
 beside their modules (``attention/``, ``ffn/``); ``fathom.settings`` reads them all from TOML.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fathom.attention import ATTENTION, AttentionConfig, DSAConfig
-from fathom.ffn import FFNS, FFNConfig
+from fathom.attention import ATTENTION, AttentionConfig
+from fathom.ffn import FFNS, FFNConfig, MoEConfig
 from fathom.layers.base import Config, OneOf, require, require_positive
 
 
@@ -92,30 +93,6 @@ class ModelConfig(Config):
         for field, bound in bounds.items():
             value = getattr(self, field)
             require(value <= bound, f"{field} must be at most {bound}, got {value}")
-        self._check_shared_indices()
-
-    def _check_shared_indices(self) -> None:
-        """A layer that shares an indexer's selection stands above one that selects as many."""
-        below: DSAConfig | None = None
-        for index, group in enumerate(self.groups):
-            attention = group.attention
-            if not isinstance(attention, DSAConfig):
-                continue
-            key = f"groups.{index}.attention"
-            if attention.index_shared:
-                require(below is not None, f"{key}.index_shared needs a dsa layer below it")
-                assert below is not None
-                same = (attention.index_topk, attention.index_warmup) == (
-                    below.index_topk,
-                    below.index_warmup,
-                )
-                require(same, f"{key}.index_topk and index_warmup must be those that it shares")
-                require(
-                    self.mtp is None or index + 1 < len(self.groups),
-                    f"{key}.index_shared cannot be in the last group with mtp: its module is one "
-                    "more such layer, with no indexer below it",
-                )
-            below = attention
 
     @property
     def n_layers(self) -> int:
@@ -128,15 +105,65 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Config):
-    """The layout over processes. One process for now: more than one is refused."""
+    """The layout over ``dp * ep`` processes, all of which split the batch (``parallel/mesh.py``).
+
+    Args:
+        dp: how many sets of ``ep`` ranks there are, each with all experts.
+        ep: over how many ranks the experts of each MoE are spread, equally many on each.
+        shard: how many neighbouring ranks share one copy of everything else, its gradients and
+            optimizer state (FSDP2); from ``2 ep`` on, copies of the experts too. 1: replicated;
+            ``dp * ep``: one copy in all; between: hybrid.
+        dispatch: how tokens travel to their experts: as they are, or as FP8 with a scale per 128
+            channels. Answers and gradients always travel as they are.
+        timeout: seconds that ranks wait for each other in one exchange.
+        tp, cp, pp: the places of tensor, context and pipeline parallelism, which do not exist yet.
+    """
 
     dp: int = 1
     ep: int = 1
+    shard: int = 1
+    dispatch: Literal["same", "fp8"] = "same"
+    timeout: float = 600.0
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("dp", "ep"):
+        require_positive(self, "dp", "ep", "shard")
+        for axis in ("tp", "cp", "pp"):
             value = getattr(self, axis)
+            require(value == 1, f"{axis} must be 1, got {value}: only dp and ep exist so far")
+        require(
+            self.world % self.shard == 0
+            and max(self.shard, self.ep) % min(self.shard, self.ep) == 0,
+            f"shard must divide dp * ep ({self.world}), and be a multiple or a divisor of "
+            f"ep ({self.ep}), got {self.shard}: ranks that share a copy are neighbours",
+        )
+        require(
+            0 < self.timeout < math.inf,
+            f"timeout must be above 0 seconds and finite, got {self.timeout}",
+        )
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.dp * self.ep
+
+    @property
+    def expert_shard(self) -> int:
+        """How many ranks of ``dp`` share one copy of the experts that one rank of ``ep`` holds."""
+        return max(self.shard // self.ep, 1)
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Refuse a model whose experts cannot be spread over ``ep`` ranks."""
+        moes = [group.ffn for group in model.groups if isinstance(group.ffn, MoEConfig)]
+        require(
+            self.ep == 1 or bool(moes),
+            f"parallel.ep is {self.ep} and the model has no MoE layer: use parallel.dp",
+        )
+        for moe in moes:
             require(
-                value == 1,
-                f"parallel.{axis} must be 1, got {value}: this version runs in one process",
+                moe.n_routed_experts % self.ep == 0,
+                f"parallel.ep ({self.ep}) must divide n_routed_experts ({moe.n_routed_experts}): "
+                "every rank holds equally many",
             )

@@ -6,6 +6,7 @@ Imports nothing heavy: ``--help`` passes through here.
 import contextlib
 import importlib
 import json
+import os
 import re
 import sys
 import time
@@ -281,6 +282,12 @@ def comes_from(trace: TracebackType | None, parts: Collection[str]) -> bool:
 
 
 def say(sentence: str, code: int) -> int:
-    """The last words of a command that failed."""
-    typer.echo(f"error: {sentence}", err=True)
+    """The last words of a command that failed; of several ranks each says which it is."""
+    who = f"rank {rank()}: " if "RANK" in os.environ else ""
+    typer.echo(f"{who}error: {sentence}", err=True)
     return code
+
+
+def rank() -> int:
+    """The place of this process among those of its run."""
+    return int(os.environ.get("RANK", "0"))

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from fathom.convert.run_folder import CheckpointError, committed, load_model
+from fathom.model import build_model
 from fathom.settings import ConfigError
 from fathom.train import loop
 from fathom.train.config import RunConfig, read_run_config
-from fathom.train.device import compile_blocks, uncompiled
+from fathom.train.device import compile_blocks
 from fathom.train.evaluate import evaluate
 from fathom.train.loop import Trainer, TrainResult, train
 from fathom.train.metrics import Record, read_lines
@@ -408,7 +409,7 @@ def test_two_such_steps_in_a_row_do_not(make_config, fit, poison):
 
 
 def test_what_cannot_be_compiled_is_said_and_left_alone(make_config, monkeypatch):
-    model = loop.build_model(make_config().model)
+    model = build_model(make_config().model)
     notices = Notices()
 
     def compiled(*_: object) -> None:
@@ -427,21 +428,6 @@ def test_what_cannot_be_compiled_is_said_and_left_alone(make_config, monkeypatch
         "train.compile=true cannot be had here (no compiler); going on without it"
     ]
     warm_up()
-
-
-def test_evaluating_runs_the_blocks_as_they_were_written(make_config):
-    model = loop.build_model(make_config().model)
-    tokens = torch.zeros(1, 4, dtype=torch.int64)
-
-    def compiled(*_: object) -> None:
-        raise RuntimeError("compiled")
-
-    for block in model.blocks:
-        block._compiled_call_impl = compiled
-    with uncompiled(model):
-        model(tokens)
-    with pytest.raises(RuntimeError, match="compiled"):
-        model(tokens)
 
 
 @pytest.mark.slow

@@ -66,8 +66,9 @@ def ladder(
 
 
 def _end(message: str, code: int) -> None:
-    """The last line of a long verb."""
-    typer.echo(message, err=code != 0)
+    """The last line of a long verb; of several ranks the first says it."""
+    if console.rank() == 0:
+        typer.echo(message, err=code != 0)
     if code:
         raise typer.Exit(code)
 

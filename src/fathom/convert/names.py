@@ -44,7 +44,6 @@ LAYER = {
     "w3": "up_proj",
     "scale": "weight_scale_inv",
 }
-INDEXER = {name: LAYER[name] for name in ("attn", "scale")}  # all others are Hugging Face's already
 
 
 def to_hugging_face(name: str) -> str:
@@ -54,8 +53,7 @@ def to_hugging_face(name: str) -> str:
         return ".".join([FRAME.get(first, first), *rest])
     if rest[-2:] == ["gate", "bias"]:  # routing only, and not a bias of the product
         rest[-1] = "e_score_correction_bias"
-    names = INDEXER if "indexer" in rest else LAYER
-    return ".".join(["model.layers", *(names.get(part, part) for part in rest)])
+    return ".".join(["model.layers", *(LAYER.get(part, part) for part in rest)])
 
 
 class Renamed(TensorSource):
@@ -144,8 +142,7 @@ class Ranks(TensorSource):
 
     def _dim(self, name: str) -> int | None:
         parts = name.split(".")
-        whole = EXPERT.fullmatch(name) or "indexer" in parts or parts[-1] == "bias"
-        sliced = len(parts) > 1 and not whole
+        sliced = len(parts) > 1 and not EXPERT.fullmatch(name) and parts[-1] != "bias"
         return SLICED.get(parts[-2]) if sliced else None
 
     @property

@@ -175,6 +175,8 @@ def heldout_batches(
     seq_len: int,
     batch_size: int,
     max_bytes: int | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[EvalBatch]:
     """Every held-out token of a domain as a target exactly once, in the fixed order of documents.
 
@@ -186,11 +188,14 @@ def heldout_batches(
         max_bytes: measure the first documents only, until they have this many bytes of text
             (images: pixels). The last of them is cut where the budget ends; at least one token is
             predicted.
+        rank, world: give this rank's rows of each batch; all ranks have as many batches, and for
+            want of a row one of padding alone.
     """
     pieces = _heldout_pieces(dataset, domain, seq_len, max_bytes)
     rows = _pack(pieces, seq_len)
     for at in range(0, len(rows), batch_size):
-        yield _eval_batch(dataset, rows[at : at + batch_size], seq_len)
+        mine = rows[at : at + batch_size][rank::world]
+        yield _eval_batch(dataset, mine or [[]], seq_len)
 
 
 def _heldout_pieces(

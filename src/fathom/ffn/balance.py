@@ -14,6 +14,7 @@ Shapes: N tokens, E experts, K chosen per token, B sequences, T tokens of a sequ
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,14 +25,27 @@ from torch import Tensor
 from fathom.ffn.router import Choice
 from fathom.layers.base import Config, require
 
+SumOverRanks = Callable[[Tensor], Tensor]
+
+
+def alone(x: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return x
+
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig(Config, ABC):
-    """``loss(choice, batch_size)``: what is added to the training loss, already weighted."""
+    """``loss(choice, batch_size, total)``: what is added to the training loss, already weighted.
+
+    Several ranks share a micro-batch of equal parts; the loss is the mean of what each returns.
+    """
 
     @abstractmethod
-    def loss(self, choice: Choice, batch_size: int) -> Tensor:
-        """A scalar in the router's dtype. The N tokens are ``batch_size`` rows of equal length."""
+    def loss(self, choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
+        """A scalar in the router's dtype. The N tokens are ``batch_size`` rows of equal length.
+
+        ``total`` adds up a tensor over all ranks, without a gradient.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +54,7 @@ class NoBalance(BalanceConfig):
 
     kind: Literal["none"] = "none"
 
-    def loss(self, choice: Choice, batch_size: int) -> Tensor:
+    def loss(self, choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
         return choice.scores_NE.new_zeros(())
 
 
@@ -57,8 +71,8 @@ class AuxLoss(BalanceConfig):
     def __post_init__(self) -> None:
         _require_coeff("aux_loss_coeff", self.aux_loss_coeff)
 
-    def loss(self, choice: Choice, batch_size: int) -> Tensor:
-        return self.aux_loss_coeff * sequence_loss(choice, 1)
+    def loss(self, choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
+        return self.aux_loss_coeff * sequence_loss(choice, 1, total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +89,7 @@ class SeqAuxLoss(BalanceConfig):
     def __post_init__(self) -> None:
         _require_coeff("seq_aux_loss_coeff", self.seq_aux_loss_coeff)
 
-    def loss(self, choice: Choice, batch_size: int) -> Tensor:
+    def loss(self, choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
         return self.seq_aux_loss_coeff * sequence_loss(choice, batch_size)
 
 
@@ -89,7 +103,7 @@ class AuxLossFree(BalanceConfig):
     def __post_init__(self) -> None:
         _require_coeff("bias_update_speed", self.bias_update_speed)
 
-    def loss(self, choice: Choice, batch_size: int) -> Tensor:
+    def loss(self, choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
         return choice.scores_NE.new_zeros(())
 
     def bias_step(self, counts_E: Tensor) -> Tensor:
@@ -108,7 +122,7 @@ class ZLoss(BalanceConfig):
     def __post_init__(self) -> None:
         _require_coeff("z_loss_coeff", self.z_loss_coeff)
 
-    def loss(self, choice: Choice, batch_size: int) -> Tensor:
+    def loss(self, choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
         squares_N = choice.logits_NE.logsumexp(-1).square()
         return self.z_loss_coeff * squares_N.sum() / max(squares_N.shape[0], 1)
 
@@ -130,15 +144,19 @@ def normalised_scores(scores_NE: Tensor) -> Tensor:
     return scores_NE / scores_NE.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
-def sequence_loss(choice: Choice, batch_size: int) -> Tensor:
-    """``mean_b sum_e f_be P_be``, ``f`` and ``P`` of each of ``batch_size`` rows; 0 if empty."""
+def sequence_loss(choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
+    """``mean_b sum_e f_be P_be``, ``f`` and ``P`` of each of ``batch_size`` rows; 0 if empty.
+
+    Through ``total``, ``f`` may be that of all ranks: the mean over ranks is then the loss of all.
+    """
     n_tokens, n_experts = choice.scores_NE.shape
     if n_tokens == 0:
         return choice.scores_NE.sum()
     ids_BS = choice.expert_ids_NK.reshape(batch_size, -1)
     ones_BS = choice.scores_NE.new_ones(()).expand_as(ids_BS)
     counts_BE = choice.scores_NE.new_zeros(batch_size, n_experts).scatter_add(1, ids_BS, ones_BS)
-    f_BE = counts_BE * (n_experts / ids_BS.shape[1])
+    counts_BE = total(counts_BE)
+    f_BE = counts_BE * (n_experts / counts_BE.sum(-1, keepdim=True))
     P_BE = normalised_scores(choice.scores_NE).view(batch_size, -1, n_experts).mean(1)
     return (f_BE * P_BE).sum(-1).mean()
 

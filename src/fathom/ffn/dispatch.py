@@ -1,25 +1,27 @@
 """Tokens to their experts and back, on one rank.
 
-Another dispatcher (expert parallelism) has the same two methods: an MoE's ``dispatcher`` can be
+Another dispatcher (``parallel/ep.py``) has the same methods: an MoE's ``dispatcher`` can be
 replaced once it is built. No token is ever dropped, whatever the load.
 
 Shapes: N tokens, D model dim, E experts, K chosen per token, P = N K rows sorted by expert.
 """
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
 
 
-class Dispatched(NamedTuple):
+@dataclass(frozen=True)
+class Dispatched:
     """Rows at their experts, and the way back.
 
     Args:
         rows_PD: a copy of its token for each choice, sorted by expert, then by token.
         ends_E: end of each expert's rows.
-        tokens_per_expert: int64 ``[E]``.
+        tokens_per_expert: int64 ``[E]``, of the tokens that left here.
         permutation: which row is whose.
     """
 
@@ -28,12 +30,24 @@ class Dispatched(NamedTuple):
     tokens_per_expert: Tensor
     permutation: Permutation
 
+    def arrived(self) -> "Dispatched":
+        """Rows that never left are there."""
+        return self
+
+
+class Sending(Protocol):
+    """Rows on their way to experts, perhaps on another rank."""
+
+    def arrived(self) -> Dispatched:
+        """The rows for the experts that are here, once they have come."""
+        ...
+
 
 class Dispatcher(Protocol):
     """How an MoE sends tokens to experts and gets their answers back."""
 
-    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor) -> Dispatched:
-        """A row for every (token, choice) pair, sorted by expert."""
+    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor) -> Sending:
+        """Send a row for every (token, choice) pair, sorted by expert."""
         ...
 
     def combine(self, rows_PD: Tensor, gates_NK: Tensor, sent: Dispatched) -> Tensor:

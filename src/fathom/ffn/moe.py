@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fathom.ffn.balance import AnyBalance, AuxLossFree, score_entropy
+from fathom.ffn.balance import AnyBalance, AuxLossFree, SumOverRanks, alone, score_entropy
 from fathom.ffn.base import FFN, FFNConfig, Routing, require_inter_dim
 from fathom.ffn.dense import SwiGLU
 from fathom.ffn.dispatch import Dispatcher, LocalDispatcher
@@ -79,7 +79,8 @@ class MoEConfig(RouterConfig, FFNConfig):
 class MoE(FFN):
     """``forward(x_BTD, step) -> (y_BTD, Routing)``. No state is changed by a forward.
 
-    ``dispatcher`` may be replaced once the module is built (expert parallelism).
+    ``dispatcher`` and ``sum_over_ranks`` may be replaced once the module is built, if it is one
+    rank's part of a layer (``parallel/``).
     """
 
     def __init__(self, cfg: MoEConfig, dim: int) -> None:
@@ -91,17 +92,21 @@ class MoE(FFN):
         if cfg.n_shared_experts:
             self.shared = SwiGLU(dim, cfg.inter_dim * cfg.n_shared_experts)
         self.dispatcher: Dispatcher = LocalDispatcher(cfg.n_routed_experts)
+        self.sum_over_ranks: SumOverRanks = alone
 
     def forward(self, x_BTD: Tensor, step: Step) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.flatten(0, -2)
         choice = self.router(x_ND)
-        sent = self.dispatcher.dispatch(x_ND, choice.expert_ids_NK)
+        sending = self.dispatcher.dispatch(x_ND, choice.expert_ids_NK)
+        shared_ND = None if self.shared is None else self.shared.mlp(x_ND)  # while rows travel
+        balance_loss = self.balance_loss(choice, x_BTD.shape[0])
+        sent = sending.arrived()
         rows_PD = self.experts(sent.rows_PD, sent.ends_E)
         y_ND = self.dispatcher.combine(rows_PD, choice.gates_NK, sent)
-        if self.shared is not None:
-            y_ND = y_ND + self.shared.mlp(x_ND)
+        if shared_ND is not None:
+            y_ND = y_ND + shared_ND
         routing = Routing(
-            balance_loss=self.balance_loss(choice, x_BTD.shape[0]),
+            balance_loss=balance_loss,
             tokens_per_expert=sent.tokens_per_expert,
             entropy=score_entropy(choice.scores_NE),
         )
@@ -110,7 +115,8 @@ class MoE(FFN):
     def balance_loss(self, choice: Choice, batch_size: int) -> Tensor:
         """The sum of the balance losses, a scalar in the router's dtype."""
         zero = choice.scores_NE.new_zeros(())
-        return sum((item.loss(choice, batch_size) for item in self.cfg.balance), start=zero)
+        losses = (item.loss(choice, batch_size, self.sum_over_ranks) for item in self.cfg.balance)
+        return sum(losses, start=zero)
 
     @torch.no_grad()
     def update_expert_bias(self, counts_E: Tensor) -> None:

@@ -8,7 +8,7 @@ import math
 import zlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 
@@ -34,18 +34,23 @@ def std_of(rule: str, cfg: ModelConfig) -> float:
     return cfg.init_std / math.sqrt(2 * cfg.n_layers) if shrink else cfg.init_std
 
 
-@torch.no_grad()
 def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
     """Fill every parameter and saved buffer in place, on whatever device it lies."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        rule = rule_of(name)
-        if rule == ONES:
-            tensor.fill_(1)
-        elif rule == ZEROS:
-            tensor.zero_()
-        else:
-            generator = torch.Generator(tensor.device).manual_seed(_seed_of(name, seed))
-            tensor.normal_(0, std_of(rule, cfg), generator=generator)
+        fill(name, tensor, cfg, seed)
+
+
+@torch.no_grad()
+def fill(name: str, tensor: Tensor, cfg: ModelConfig, seed: int) -> None:
+    """Give the whole tensor called ``name`` its initial value, in place."""
+    rule = rule_of(name)
+    if rule == ONES:
+        tensor.fill_(1)
+    elif rule == ZEROS:
+        tensor.zero_()
+    else:
+        generator = torch.Generator(tensor.device).manual_seed(_seed_of(name, seed))
+        tensor.normal_(0, std_of(rule, cfg), generator=generator)
 
 
 def _seed_of(name: str, seed: int) -> int:

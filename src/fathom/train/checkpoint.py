@@ -8,6 +8,7 @@ is stopped and resumed, however often, is the run that never stopped, bit by bit
 import base64
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -220,7 +221,7 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def init_from(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
-    """Begin with the weights of a run or checkpoint folder; an indexer it lacks stays as it is.
+    """Begin with the weights of a run or checkpoint folder.
 
     Raises:
         CheckpointError: its tokenizer or its shapes are not this run's.
@@ -232,11 +233,8 @@ def init_from(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
             f"train.init_from={path} was trained with tokenizer {theirs[:12]} and this run's data "
             f"has tokenizer {ours[:12]}: the same ids would mean other text"
         )
-    state, shapes = model.state_dict(), tensor_shapes(folder / MODEL)
-    new = {name for name in state.keys() - shapes.keys() if ".indexer." in name}
-    needed = {**shapes, **{name: tuple(state[name].shape) for name in new}}
-    check_shapes(model.cfg, needed, folder)
-    copy_tensors(folder / MODEL, {name: t for name, t in state.items() if name not in new})
+    check_shapes(model.cfg, tensor_shapes(folder / MODEL), folder)
+    copy_tensors(folder / MODEL, model.state_dict())
 
 
 def random_state(device: torch.device) -> dict[str, str]:
@@ -263,8 +261,11 @@ def _byte_tensor(text: str) -> Tensor:
 
 def num_bytes(parts: Parts) -> int:
     """Bytes of the tensors of one checkpoint."""
-    tensors = [*parts.model.state_dict().values(), *parts.optimizer.state().values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    items = [*parts.model_tensors().values(), *parts.optimizer_tensors().values()]
+    return sum(
+        math.prod(item.shape) * (item.tensor if isinstance(item, Part) else item).itemsize
+        for item in items
+    )
 
 
 def check_disk(run: Path, needed: int, keep: int) -> str | None:

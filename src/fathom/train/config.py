@@ -57,10 +57,7 @@ class TrainConfig(Config):
         sample_every: steps between texts written by the model, likewise; 0: never.
         log_every: steps between printed lines; ``metrics.jsonl`` has every step.
         log_load: write every expert's load into each line of ``metrics.jsonl``.
-        init_from: a run or checkpoint folder whose weights the run begins with; an indexer that it
-            lacks begins as initialised.
-        only: patterns of the parameters that are trained (``*.indexer.*``); all others, and the
-            routing biases, stay as they are. Empty: everything is trained.
+        init_from: a run or checkpoint folder whose weights the run begins with.
     """
 
     steps: int
@@ -94,7 +91,6 @@ class TrainConfig(Config):
     log_every: int = 10
     log_load: bool = False
     init_from: str | None = None
-    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         counts = ("steps", "tokens_per_step", "micro_batch_size", "ramp_from_tokens")
@@ -161,6 +157,7 @@ class RunConfig(Config):
         )
         for name in ("tokens_per_step", "ramp_from_tokens"):
             self._check_rows(name)
+        self.parallel.check_model(self.model)
 
     def _check_rows(self, name: str) -> None:
         tokens, seq_len, micro = getattr(self.train, name), self.data.seq_len, self.micro_rows
@@ -175,6 +172,13 @@ class RunConfig(Config):
             micro is None or tokens // seq_len % micro == 0,
             f"train.{name} has {tokens // seq_len} rows of {seq_len} tokens, which "
             f"train.micro_batch_size ({micro}) does not divide",
+        )
+        world, rows = self.parallel.world, micro or tokens // seq_len
+        field = name if micro is None else "micro_batch_size"
+        require(
+            rows % world == 0,
+            f"train.{field} has {rows} rows of {seq_len} tokens, which {world} processes "
+            "(parallel.dp * parallel.ep) cannot share equally: batch sizes are of all together",
         )
 
     @property

@@ -6,7 +6,7 @@ want to know how sure a difference is (a bootstrap over documents).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from fathom.data.dataset import Dataset
-from fathom.data.loader import IGNORE, heldout_batches
+from fathom.data.loader import IGNORE, EvalBatch, heldout_batches
 from fathom.model import Decoder
+from fathom.parallel import ALONE, Layout
 from fathom.train.metrics import Record, read_lines
 
 
@@ -69,6 +70,7 @@ def evaluate(
     max_bytes: int | None = None,
     domains: Sequence[str] | None = None,
     precision: AbstractContextManager[object] | None = None,
+    layout: Layout = ALONE,
 ) -> Evaluation:
     """Measure a model on the held-out documents.
 
@@ -78,6 +80,7 @@ def evaluate(
         max_bytes: read so many bytes of each domain; None: all.
         domains: those to measure; None: all of the dataset.
         precision: an autocast context; None: as the weights are.
+        layout: of the ranks that share the work; all get the whole result.
     """
     sums: dict[str, DocumentSums] = {}
     was_training = model.training
@@ -85,7 +88,16 @@ def evaluate(
     try:
         with precision or nullcontext(), torch.no_grad():
             for domain in dataset.domains if domains is None else domains:
-                sums[domain] = _domain(model, dataset, domain, seq_len, batch_size, max_bytes)
+                batches = heldout_batches(
+                    dataset,
+                    domain,
+                    seq_len=seq_len,
+                    batch_size=batch_size,
+                    max_bytes=max_bytes,
+                    rank=layout.rank,
+                    world=layout.world,
+                )
+                sums[domain] = _domain(model, dataset, domain, batches, layout)
     finally:
         model.train(was_training)
     bits = {domain: found.bits for domain, found in sums.items()}
@@ -107,17 +119,13 @@ def _domain(
     model: Decoder,
     dataset: Dataset,
     domain: str,
-    seq_len: int,
-    batch_size: int,
-    max_bytes: int | None,
+    batches: Iterator[EvalBatch],
+    layout: Layout,
 ) -> DocumentSums:
     tokenizer = dataset.tokenizer
     text = dataset.kind(domain) == "text"
     unit = tokenizer.token_bytes if text else tokenizer.is_symbol.astype(np.int64)
-    nats, units, tokens = np.zeros((3, dataset.documents("heldout", domain)))
-    batches = heldout_batches(
-        dataset, domain, seq_len=seq_len, batch_size=batch_size, max_bytes=max_bytes
-    )
+    sums = nats, units, tokens = np.zeros((3, dataset.documents("heldout", domain)))
     device = model.embed.weight.device
     for batch in batches:
         losses = model.token_losses(
@@ -128,5 +136,6 @@ def _domain(
         nats += np.bincount(owner, losses.double().cpu().numpy()[predicted], len(nats))
         units += np.bincount(owner, unit[batch.targets.numpy()[predicted]], len(nats))
         tokens += np.bincount(owner, minlength=len(nats))
+    layout.sum(torch.from_numpy(sums))  # in place
     read = tokens > 0
     return DocumentSums(nats[read], units[read].astype(np.int64))

@@ -7,8 +7,8 @@ it, or goes on with it from its newest checkpoint, by itself.
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,9 @@ from fathom.convert.run_folder import CONFIG, committed
 from fathom.data.dataset import Dataset, open_dataset
 from fathom.data.loader import IGNORE, Batch, Loader
 from fathom.data.tokenizer import Tokenizer
-from fathom.model import Decoder, Losses, build_model
+from fathom.model import Decoder, Losses
+from fathom.parallel import ALONE, Layout, build, places, started
+from fathom.parallel.step import accumulate, in_step
 from fathom.settings import ConfigError, to_toml
 from fathom.sizing.count import flops_per_token
 from fathom.train import checkpoint
@@ -32,18 +34,18 @@ from fathom.train.device import (
     peak_flops,
     pick_device,
     reproducible,
-    uncompiled,
 )
 from fathom.train.evaluate import Evaluation, evaluate, last_evaluation
 from fathom.train.metrics import (
     Figures,
     JsonLines,
+    NoLines,
     Record,
     Sums,
     replace_text,
     routing_figures,
 )
-from fathom.train.optim import Optimizer, clip_gradients, freeze_all_but
+from fathom.train.optim import Optimizer, clip_gradients
 from fathom.train.progress import Reporter
 from fathom.train.schedule import lr_factor, rows_at
 from fathom.train.stop import StopSignals
@@ -102,18 +104,34 @@ def train(
     """
     dataset = dataset or open_dataset(cfg.data)
     check_vocabulary(cfg, dataset)
-    checkpoint.check_folder(out)
-    reporter = reporter or Reporter()
     signals = StopSignals() if should_stop is None else nullcontext(should_stop)
-    with checkpoint.locked(out), reproducible(cfg.train.deterministic), signals as stop:
+    with ExitStack() as stack:
+        layout = stack.enter_context(started(cfg.parallel, cfg.train.device))
+        reporter = reporter if reporter and layout.leads else Reporter()
+
+        def take_folder() -> str | None:
+            checkpoint.check_folder(out)
+            stack.enter_context(checkpoint.locked(out))
+            start = checkpoint.starting_point(out, cfg, reporter.notice)
+            return None if start is None else str(start)
+
+        begin = layout.lead(take_folder)
+        start = None if begin is None else Path(begin)
+        stack.enter_context(reproducible(cfg.train.deterministic))
+        stop = stack.enter_context(signals)
         device = pick_device(cfg.train.device)
-        start = checkpoint.starting_point(out, cfg, reporter.notice)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            trainer = Trainer(
-                cfg, out, dataset, device=device, reporter=reporter, sample=sample, start=start
-            )
-            with closing(trainer):
-                return trainer.run(stop)
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        trainer = Trainer(
+            cfg,
+            out,
+            dataset,
+            device=device,
+            layout=layout,
+            reporter=reporter,
+            sample=sample,
+            start=start,
+        )
+        return stack.enter_context(closing(trainer)).run(stop)
 
 
 def check_vocabulary(cfg: RunConfig, dataset: Dataset) -> None:
@@ -135,20 +153,28 @@ class Trainer:
         dataset: Dataset,
         *,
         device: torch.device,
+        layout: Layout = ALONE,
         reporter: Reporter,
         sample: Sampler | None,
         start: Path | None,
     ) -> None:
         self.cfg, self.out, self.dataset, self.device = cfg, out, dataset, device
-        self.reporter, self.sample = reporter, sample
+        self.layout, self.reporter, self.sample = layout, reporter, sample
         torch.manual_seed(cfg.train.seed)
         dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
-        self.model = build_model(cfg.model, seed=cfg.train.seed, device=device, dtype=dtype)
+        self.model = build(cfg.model, layout, seed=cfg.train.seed, device=device, dtype=dtype)
         self.model.checkpoint_blocks = cfg.train.activation_checkpointing
-        freeze_all_but(self.model, cfg.train.only)
-        self.parts = checkpoint.Parts(self.model, Optimizer(self.model, cfg.train))
+        optimizer = Optimizer(self.model, cfg.train, layout)
+        self.parts = checkpoint.Parts(self.model, optimizer, place=places(self.model, layout))
         self.rows = cfg.train.micro_batch_size or rows_at(cfg, 0)
-        self.loader = Loader(dataset, cfg.data, batch_size=self.rows, seed=cfg.train.seed)
+        self.loader = Loader(
+            dataset,
+            cfg.data,
+            batch_size=self.rows,
+            seed=cfg.train.seed,
+            rank=layout.rank,
+            world=layout.world,
+        )
         self.load(start)
         self.last_saved = self.progress.step if start else None
         self.open_folder()
@@ -168,19 +194,24 @@ class Trainer:
         cfg, done = self.cfg.train, self.progress.step
         lr = cfg.lr * lr_factor(cfg, done)
         batches = self.batches()
-        targets = torch.cat([batch.targets[batch.targets != IGNORE] for batch in batches])
+        n_targets, n_bytes = self.count(batches)
+        share = 1 / (len(batches) * self.layout.world)
         sums = Sums()
         for batch in batches:
-            losses = self.losses(batch, progress=done / cfg.steps, denominator=len(targets))
+            accumulate(self.model, self.layout, last=batch is batches[-1])
+            losses = self.losses(
+                batch, progress=done / cfg.steps, denominator=n_targets, share=share
+            )
             losses.total.backward()
             sums.add(losses)
-        grad_norm = clip_gradients(self.model, cfg.grad_clip)
+        sums.over_ranks(self.layout)
+        grad_norm = clip_gradients(self.model, cfg.grad_clip, self.layout)
         skip = 1 - torch.isfinite(sums.losses["total_loss"] + grad_norm).float()
         self.parts.optimizer.step(lr, skip)
-        if not cfg.only:
-            self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
+        self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
         self.model.zero_grad(set_to_none=True)
-        self.record(targets, lr, sums, {"grad_norm": grad_norm, "skipped": skip})
+        bits = n_targets / (math.log(2) * max(n_bytes, 1))
+        self.record(bits, lr, sums, {"grad_norm": grad_norm, "skipped": skip})
 
     def batches(self) -> list[Batch]:
         """The micro-batches of the next step."""
@@ -191,14 +222,25 @@ class Trainer:
             self.rows = micro
         return [self.loader.next() for _ in range(rows // micro)]
 
-    def losses(self, batch: Batch, *, progress: float, denominator: int) -> Losses:
-        """The forward pass of one micro-batch."""
+    def count(self, batches: Sequence[Batch]) -> list[int]:
+        """Targets of all ranks in these batches, and the bytes that they stand for."""
+        targets = torch.cat([batch.targets[batch.targets != IGNORE] for batch in batches])
+        return self.layout.sum(
+            torch.stack([torch.tensor(len(targets)), self.token_sizes[targets].sum()])
+        ).tolist()
+
+    def losses(
+        self, batch: Batch, *, progress: float, denominator: int, share: float = 1.0
+    ) -> Losses:
+        """The forward pass of one micro-batch, which has ``share`` of the step's tokens."""
         inputs = [batch.tokens, batch.targets, batch.cu_seqlens]
         if self.device.type == "cuda":
             inputs = [tensor.pin_memory() for tensor in inputs]
         on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
         with self.precision():
-            return self.model.loss(*on_device, progress=progress, denominator=denominator)
+            return self.model.loss(
+                *on_device, progress=progress, denominator=denominator, share=share
+            )
 
     def precision(self) -> AbstractContextManager[object]:
         """Autocast, if the run has it."""
@@ -206,7 +248,7 @@ class Trainer:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def record(self, targets: Tensor, lr: float, sums: Sums, guard: dict[str, Tensor]) -> None:
+    def record(self, bits: float, lr: float, sums: Sums, guard: dict[str, Tensor]) -> None:
         """Count the step, send its figures on their way, write down those of the step before."""
         tokens = rows_at(self.cfg, self.progress.step) * self.cfg.data.seq_len
         self.progress.step += 1
@@ -217,14 +259,14 @@ class Trainer:
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "loss": None,
-            "bpb": len(targets) / (math.log(2) * max(int(self.token_sizes[targets].sum()), 1)),
+            "bpb": bits,  # per nat; times the loss when that is read
             "lr": lr,
             "grad_norm": None,
             "tokens_per_second": speed,
             "memory_bytes": memory_bytes(self.device),
         }
         if self.peak_flops:
-            record["mfu"] = self.flops_per_token * speed / self.peak_flops
+            record["mfu"] = self.flops_per_token * speed / (self.peak_flops * self.layout.world)
         figures = Figures({**sums.losses, **guard}, sums.vectors())
         self.flush()
         self.pending = record, figures
@@ -240,7 +282,12 @@ class Trainer:
         record["bpb"] *= record["loss"]
         if vectors:
             *counts, entropies = vectors
-            record |= routing_figures(counts, entropies.tolist(), log_load=self.cfg.train.log_load)
+            record |= routing_figures(
+                counts,
+                entropies.tolist(),
+                log_load=self.cfg.train.log_load,
+                ranks=self.layout.cfg.ep,
+            )
         if skipped:
             record["skipped"] = True
         self.progress.skipped = self.progress.skipped + 1 if skipped else 0
@@ -260,7 +307,7 @@ class Trainer:
         self.clock = time.perf_counter()
         while self.progress.step < cfg.steps:
             self.step()
-            stopping = stop()
+            stopping = self.layout.any(stop())
             if stopping or any(map(self.due, (cfg.save_every, cfg.eval_every, cfg.sample_every))):
                 self.flush()
             if self.progress.skipped >= MAX_SKIPPED:
@@ -278,12 +325,12 @@ class Trainer:
     def look_around(self, *, saving: bool) -> None:
         """Evaluate, write a sample and save, each if it is due. Their time is nobody's speed."""
         cfg = self.cfg.train
-        with uncompiled(self.model):
-            if self.due(cfg.eval_every):
-                self.evaluate()
-            if self.sample is not None and self.due(cfg.sample_every):
+        if self.due(cfg.eval_every):
+            self.evaluate()
+        if self.sample is not None and self.due(cfg.sample_every):
+            with in_step(self.model, self.layout):
                 text = self.sample(self.model, self.dataset.tokenizer)
-                self.reporter.sample(self.progress.step, text)
+            self.reporter.sample(self.progress.step, text)
         if saving or self.due(cfg.save_every):
             self.save()
         self.clock = time.perf_counter()
@@ -297,6 +344,7 @@ class Trainer:
             batch_size=self.rows,
             max_bytes=self.cfg.train.eval_bytes,
             precision=self.precision(),
+            layout=self.layout,
         )
         place = {"step": self.progress.step, "tokens": self.progress.tokens}
         self.evaluations.write({**place, **result.record()})
@@ -310,7 +358,9 @@ class Trainer:
         self.metrics.sync()
         self.evaluations.sync()
         self.parts.loader = self.loader.state()
-        folder = checkpoint.save(self.out, self.cfg, self.parts, self.dataset.tokenizer)
+        folder = checkpoint.save(
+            self.out, self.cfg, self.parts, self.dataset.tokenizer, self.layout.ranks
+        )
         self.last_saved = self.progress.step
         self.reporter.saved(folder)
 
@@ -324,6 +374,12 @@ class Trainer:
 
     def open_folder(self) -> None:
         """Write what describes the run, and open its records at the present step."""
+        self.metrics = self.evaluations = NoLines()
+        self.layout.lead(self.describe)
+        self.last_evaluation = last_evaluation(self.out / "eval.jsonl")
+
+    def describe(self) -> None:
+        """The files of the folder that rank 0 writes."""
         needed = checkpoint.num_bytes(self.parts)
         warning = checkpoint.check_disk(self.out, needed, self.cfg.train.keep)
         if warning:
@@ -332,7 +388,6 @@ class Trainer:
         replace_text(self.out / "env.json", json.dumps(environment(self.device), indent=1) + "\n")
         self.metrics = JsonLines(self.out / "metrics.jsonl", upto=self.progress.step)
         self.evaluations = JsonLines(self.out / "eval.jsonl", upto=self.progress.step)
-        self.last_evaluation = last_evaluation(self.out / "eval.jsonl")
 
     def warm_up(self) -> None:
         """One forward and backward pass of the next batch, which leaves no trace."""

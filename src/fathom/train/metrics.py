@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fathom.ffn.balance import dead_experts, load_entropy, max_violation
 from fathom.model import Losses
+from fathom.parallel import Layout
 
 Record = dict[str, Any]
 
@@ -36,7 +37,6 @@ class Sums:
         self.micro_batches += 1
         values = {"total_loss": losses.total, "loss": losses.main}
         values |= {"mtp_loss": losses.mtp, "balance_loss": losses.balance}
-        values |= {"index_loss": losses.index}
         counts = [routing.tokens_per_expert for routing in losses.routing]
         entropies = [routing.entropy for routing in losses.routing]
         if self.micro_batches == 1:
@@ -46,6 +46,21 @@ class Sums:
         self.losses = {name: self.losses[name] + value.detach() for name, value in values.items()}
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
         self.entropies = [a + b for a, b in zip(self.entropies, entropies, strict=True)]
+
+    def over_ranks(self, layout: Layout) -> None:
+        """Make these figures of one rank those of all: sums, and the mean of the entropies."""
+        if layout.world == 1:
+            return
+        values = [*self.losses.values()]
+        parts = [torch.stack(values).double(), *self.counts]
+        parts += [torch.stack(self.entropies) / layout.world] if self.entropies else []
+        total = layout.sum(torch.cat([part.double() for part in parts]))
+        losses, *rest = total.split([len(part) for part in parts])
+        self.losses = dict(zip(self.losses, losses.to(values[0].dtype), strict=True))
+        if self.entropies:
+            *counts, entropies = rest
+            self.counts = [count.long() for count in counts]
+            self.entropies = list(entropies.to(self.entropies[0].dtype))
 
     def vectors(self) -> list[Tensor]:
         """The counts, then one tensor of the routers' mean entropies; empty without MoE layers."""
@@ -81,13 +96,14 @@ class Figures:
 
 
 def routing_figures(
-    counts: Sequence[Tensor], entropies: Sequence[float], *, log_load: bool
+    counts: Sequence[Tensor], entropies: Sequence[float], *, log_load: bool, ranks: int = 1
 ) -> Record:
     """How evenly the experts were used in one step; empty without MoE layers.
 
     ``max_violation`` and ``load_entropy`` (nats) are means over layers, ``dead_experts`` the sum;
     ``layers`` has each layer's own, the entropy of its router's scores, and with ``log_load`` its
-    load: each expert's tokens over the mean.
+    load: each expert's tokens over the mean. Where ``ranks`` share the experts, neighbours on one,
+    ``rank_max_violation`` is that of the ranks' sums.
     """
     if not counts:
         return {}
@@ -97,13 +113,16 @@ def routing_figures(
         "load_entropy": _by_layer(load_entropy, counts),
         "router_entropy": entropies,
     }
+    if ranks > 1:
+        loads = [count.unflatten(0, (ranks, -1)).sum(-1) for count in counts]
+        columns["rank_max_violation"] = _by_layer(max_violation, loads)
     if log_load:
         columns["load"] = [(c / c.mean().clamp(min=1e-9)).tolist() for c in counts]
     layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    means = ["max_violation", "load_entropy", *(["rank_max_violation"] if ranks > 1 else [])]
     return {
-        "max_violation": sum(layer["max_violation"] for layer in layers) / len(layers),
+        **{name: sum(layer[name] for layer in layers) / len(layers) for name in means},
         "dead_experts": sum(layer["dead_experts"] for layer in layers),
-        "load_entropy": sum(layer["load_entropy"] for layer in layers) / len(layers),
         "layers": layers,
     }
 
@@ -113,6 +132,19 @@ def _by_layer(figure: Callable[[Tensor], Tensor], counts: Sequence[Tensor]) -> l
     if len({len(count) for count in counts}) == 1:
         return figure(torch.stack(list(counts))).tolist()
     return [figure(count).item() for count in counts]
+
+
+class NoLines:
+    """The records of a rank that writes none."""
+
+    def write(self, record: Record) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class JsonLines:

@@ -8,16 +8,17 @@ update is equally long. Stacked experts ``[E, m, n]`` are E matrices.
 finite) and else 0: the host need not wait to know which.
 """
 
-import fnmatch
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim.adamw import adamw
 
-from fathom.settings import ConfigError
+from fathom.parallel import ALONE, Layout, step
+from fathom.parallel.mesh import local
 from fathom.train.config import TrainConfig
 
 NS_STEPS = 5
@@ -45,8 +46,8 @@ class AdamW:
         for name in params:
             self.names_by_decay[decay[name]].append(name)
         self.state = {
-            **{f"exp_avg.{name}": torch.zeros_like(p.data) for name, p in params.items()},
-            **{f"exp_avg_sq.{name}": torch.zeros_like(p.data) for name, p in params.items()},
+            **{f"exp_avg.{name}": torch.zeros_like(local(p)) for name, p in params.items()},
+            **{f"exp_avg_sq.{name}": torch.zeros_like(local(p)) for name, p in params.items()},
             **{f"step.{name}": torch.zeros((), device=p.device) for name, p in params.items()},
         }
 
@@ -55,7 +56,7 @@ class AdamW:
         for decay, names in self.names_by_decay.items():
             names = [name for name in names if self.params[name].grad is not None]
             adamw(
-                [self.params[name] for name in names],
+                [local(self.params[name]) for name in names],
                 [self._grad(name) for name in names],
                 [self.state[f"exp_avg.{name}"] for name in names],
                 [self.state[f"exp_avg_sq.{name}"] for name in names],
@@ -75,7 +76,7 @@ class AdamW:
     def _grad(self, name: str) -> Tensor:
         grad = self.params[name].grad
         assert grad is not None
-        return grad
+        return local(grad)
 
 
 class Muon:
@@ -87,18 +88,26 @@ class Muon:
 
     Args:
         params: by name, each ``[..., m, n]``.
+        group: the ranks that share the rows of each matrix, if they do; stacks are never cut
+            within a matrix.
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], *, momentum: float, weight_decay: float
+        self,
+        params: Mapping[str, nn.Parameter],
+        *,
+        momentum: float,
+        weight_decay: float,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.params, self.momentum, self.weight_decay = params, momentum, weight_decay
+        self.group = group
         self.batches: list[tuple[list[str], Tensor]] = []  # names, their momentum [K, m, n]
         self.state: dict[str, Tensor] = {}
         for names in self._equal_shapes():
-            shapes = [matrices(name, params[name].data).shape for name in names]
+            shapes = [matrices(name, local(params[name])).shape for name in names]
             sizes, (m, n) = [shape[0] for shape in shapes], shapes[0][1:]
-            batch = params[names[0]].data.new_zeros(sum(sizes), m, n)
+            batch = local(params[names[0]]).new_zeros(sum(sizes), m, n)
             self.batches.append((names, batch))
             for name, part in zip(names, batch.split(sizes), strict=True):
                 self.state[f"momentum.{name}"] = part
@@ -116,21 +125,28 @@ class Muon:
             grad_KMN = torch.cat([self._grad(name) for name in names])
             grad_KMN = torch.where(live > 0, grad_KMN, 0)  # not grad * live: NaN * 0 is NaN
             momentum_KMN.lerp_(grad_KMN, (1 - self.momentum) * live.to(grad_KMN.dtype))
-            update_KMN = orthogonal(grad_KMN.lerp(momentum_KMN, self.momentum)).to(grad_KMN.dtype)
-            update_KMN = update_KMN * (0.2 * math.sqrt(max(momentum_KMN.shape[1:])) * lr * live)
+            sample = self.params[names[0]]
+            height = sample.shape[0] if sample.ndim == 2 else momentum_KMN.shape[1]
+            target_KMN = grad_KMN.lerp(momentum_KMN, self.momentum)
+            if self.group is None or sample.ndim > 2:
+                update_KMN = orthogonal(target_KMN)
+            else:
+                update_KMN = step.over_whole(orthogonal, target_KMN, height, self.group)
+            scale = 0.2 * math.sqrt(max(height, momentum_KMN.shape[2]))
+            update_KMN = update_KMN.to(grad_KMN.dtype) * (scale * lr * live)
             sizes = [len(self.state[f"momentum.{name}"]) for name in names]
             for name, update in zip(names, update_KMN.split(sizes), strict=True):
-                weight = self.params[name]
-                if weight.grad is not None:
-                    weight.data.mul_(1 - lr * self.weight_decay * live)
-                    weight.data.sub_(update.reshape(weight.shape))
+                if self.params[name].grad is not None:
+                    weight = local(self.params[name])
+                    weight.mul_(1 - lr * self.weight_decay * live)
+                    weight.sub_(update.reshape(weight.shape))
 
     def _grad(self, name: str) -> Tensor:
         grad = self.params[name].grad
         return (
             torch.zeros_like(self.state[f"momentum.{name}"])
             if grad is None
-            else matrices(name, grad)
+            else matrices(name, local(grad))
         )
 
 
@@ -138,7 +154,7 @@ def matrices(name: str, weight: Tensor) -> Tensor:
     """``[..., m, n]`` as ``[batch, m, n]``; stacked gate and up projections are two matrices."""
     if name.endswith("w_gate_up"):
         weight = weight.unflatten(-2, (2, -1))
-    return weight.reshape(-1, *weight.shape[-2:])
+    return weight[None] if weight.ndim == 2 else weight.flatten(0, -3)
 
 
 def orthogonal(x_KMN: Tensor) -> Tensor:
@@ -162,7 +178,7 @@ class Optimizer:
     The routing bias of experts is a buffer and never in it.
     """
 
-    def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, cfg: TrainConfig, layout: Layout = ALONE) -> None:
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {name for name, p in params.items() if is_hidden_matrix(name, p)}
         by_muon = hidden if cfg.optimizer == "muon" else set()
@@ -172,7 +188,7 @@ class Optimizer:
         if by_muon:
             matrices = {name: p for name, p in params.items() if name in by_muon}
             decayed = {"momentum": cfg.muon_momentum, "weight_decay": cfg.weight_decay}
-            self.parts.append(Muon(matrices, **decayed))
+            self.parts.append(Muon(matrices, group=layout.shard_group, **decayed))
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor) -> None:
@@ -185,25 +201,10 @@ class Optimizer:
         return {name: tensor for part in self.parts for name, tensor in part.state.items()}
 
 
-def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Train only the parameters whose names match one of ``patterns``; none given: all.
-
-    Raises:
-        ConfigError: a pattern that no parameter matches.
-    """
-    names = dict(model.named_parameters())
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ConfigError(
-                f"train.only: no parameter is called like {pattern!r}; "
-                f"their names are like {next(reversed(names))!r}"
-            )
-    for name, parameter in names.items() if patterns else ():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, p) for p in patterns))
-
-
-def clip_gradients(model: nn.Module, highest: float) -> Tensor:
+def clip_gradients(model: nn.Module, highest: float, layout: Layout = ALONE) -> Tensor:
     """Scale all gradients to a global norm of at most ``highest`` (0: any); the norm before."""
+    if layout.world > 1:
+        return step.clip_gradients(model, highest, layout)
     if highest == 0:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads, foreach=True)
