@@ -1,6 +1,6 @@
 """Every attention and position that the tests run through, tiny."""
 
-from fathom.attention import AttentionConfig, MHAConfig, MLAConfig
+from fathom.attention import AttentionConfig, DSAConfig, MHAConfig, MLAConfig, MoBAConfig
 from fathom.layers.position import (
     AlibiConfig,
     AnyPosition,
@@ -22,9 +22,23 @@ def mha(position: AnyPosition = ROPE, n_kv_heads: int = 2, **changes) -> MHAConf
     return MHAConfig(n_heads=4, n_kv_heads=n_kv_heads, head_dim=6, position=position, **changes)
 
 
+MLA_SIZES = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+
+
 def mla(position: RopeConfig = ROPE, q_lora_rank: int | None = None, **changes) -> MLAConfig:
-    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
-    return MLAConfig(n_heads=4, q_lora_rank=q_lora_rank, position=position, **sizes, **changes)
+    return MLAConfig(n_heads=4, q_lora_rank=q_lora_rank, position=position, **MLA_SIZES, **changes)
+
+
+def dsa(position: RopeConfig = ROPE, q_lora_rank: int | None = 20, **changes) -> DSAConfig:
+    """Sixteen index heads: with few, many scores are exactly 0 and tie."""
+    sizes = {**MLA_SIZES, "index_n_heads": 16, "index_head_dim": 10, "index_topk": 4}
+    fields = {"q_lora_rank": q_lora_rank, "position": position, **sizes, **changes}
+    return DSAConfig(n_heads=4, **fields)
+
+
+def moba(position: RopeConfig | NoPositionConfig = ROPE, **changes) -> MoBAConfig:
+    sizes = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "block_size": 2, "topk_blocks": 3}
+    return MoBAConfig(position=position, **sizes | changes)
 
 
 KINDS: dict[str, AttentionConfig] = {
@@ -50,6 +64,17 @@ KINDS: dict[str, AttentionConfig] = {
     "mla-expanded": mla(absorb="never"),
     "mla-bias": mla(q_lora_rank=20, bias=True),
     "mla-yarn": mla(YARN),
+    "moba": moba(),
+    "moba-mha-no-position": moba(NoPositionConfig(), n_kv_heads=4, block_size=3, topk_blocks=2),
+    "moba-current-block": moba(block_size=4, topk_blocks=1),
+    "moba-key-conv": moba(key_conv_size=3),
+    "moba-full": moba(full_from=0.9),
+    "dsa": dsa(),
+    "dsa-expanded": dsa(absorb="never"),
+    "dsa-plain-query": dsa(q_lora_rank=None),
+    "dsa-short": dsa(index_topk=64),
+    "dsa-warmup": dsa(index_warmup=True),
+    "dsa-yarn": dsa(YARN),
 }
 # theta depends on the length in use, so a shorter call is another function: not in KINDS
 DYNAMIC = mha(RopeConfig(scaling=DynamicScaling(factor=2.0, original_seq_len=4)))

@@ -53,6 +53,14 @@ V3 = {
     "num_nextn_predict_layers": 0,
 }
 
+V32 = {
+    **{key: value for key, value in V3.items() if key != "rope_interleave"},
+    "model_type": "deepseek_v32",
+    "index_n_heads": 16,
+    "index_head_dim": 10,
+    "index_topk": 7,
+}
+
 
 def yarn(mscale: float | None = None, **more: Any) -> dict[str, Any]:
     rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, **more}
@@ -91,6 +99,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "v3": {**V3, "rope_scaling": yarn(1.0)},
     "moonlight": {**V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_theta": 5e4},
+    "v3.2": {**V32, "rope_scaling": yarn(1.0)},
     "v3-half-split": {**V3, "rope_interleave": False},
 }
 IDS = torch.tensor(

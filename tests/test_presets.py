@@ -26,6 +26,7 @@ PUBLISHED = {
     "deepseek-v2-lite": (15_706_484_224, 27, 163840, 1e-6, 15_552),
     "deepseek-v2": (235_741_434_880, 60, 163840, 1e-6, 34_560),
     "deepseek-v3": (671_026_404_352, 61, 163840, 1e-6, 35_136),
+    "deepseek-v3.2": (671_877_929_216, 61, 163840, 1e-6, 35_136 + 61 * 128),
     "moonlight-16b-a3b": (15_960_108_544, 27, 8192, 1e-5, 15_552),
     "kimi-k2": (1_026_408_209_408, 61, 131072, 1e-6, 35_136),
 }
@@ -44,6 +45,8 @@ def shrunken(cfg: ModelConfig) -> ModelConfig:
             attention |= {"n_heads": 2, "kv_lora_rank": 16, "v_head_dim": 8}
             attention |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
             attention |= {"q_lora_rank": 12} if "q_lora_rank" in attention else {}
+            if attention["kind"] == "dsa":
+                attention |= {"index_n_heads": 4, "index_head_dim": 8, "index_topk": 5}
         ffn["inter_dim"] = 16
         if ffn["kind"] == "moe":
             ffn |= {"n_routed_experts": 4 * ffn["n_expert_groups"], "top_k": 3}
@@ -138,8 +141,9 @@ def test_v2_and_v3_route_by_their_own_rules() -> None:
 
 
 def test_only_v3_of_the_published_shapes_predicts_further_ahead() -> None:
+    v3 = ["deepseek-v3", "deepseek-v3.2"]
     assert num_mtp_params(preset("deepseek-v3")) == 11_610_067_968
-    assert [name for name in PUBLISHED if preset(name).mtp is not None] == ["deepseek-v3"]
+    assert [name for name in PUBLISHED if preset(name).mtp is not None] == v3
 
 
 def test_tied_heads_are_those_of_the_small_llamas() -> None:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fathom.attention import ATTENTION, AttentionConfig
+from fathom.attention import ATTENTION, AttentionConfig, DSAConfig
 from fathom.ffn import FFNS, FFNConfig, MoEConfig
 from fathom.layers.base import Config, OneOf, require, require_positive
 
@@ -93,6 +93,30 @@ class ModelConfig(Config):
         for field, bound in bounds.items():
             value = getattr(self, field)
             require(value <= bound, f"{field} must be at most {bound}, got {value}")
+        self._check_shared_indices()
+
+    def _check_shared_indices(self) -> None:
+        """A layer that shares an indexer's selection stands above one that selects as many."""
+        below: DSAConfig | None = None
+        for index, group in enumerate(self.groups):
+            attention = group.attention
+            if not isinstance(attention, DSAConfig):
+                continue
+            key = f"groups.{index}.attention"
+            if attention.index_shared:
+                require(below is not None, f"{key}.index_shared needs a dsa layer below it")
+                assert below is not None
+                same = (attention.index_topk, attention.index_warmup) == (
+                    below.index_topk,
+                    below.index_warmup,
+                )
+                require(same, f"{key}.index_topk and index_warmup must be those that it shares")
+                require(
+                    self.mtp is None or index + 1 < len(self.groups),
+                    f"{key}.index_shared cannot be in the last group with mtp: its module is one "
+                    "more such layer, with no indexer below it",
+                )
+            below = attention
 
     @property
     def n_layers(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
-from fathom.attention import AttentionConfig, MHAConfig, MLAConfig
+from fathom.attention import AttentionConfig, DSAConfig, MHAConfig, MLAConfig
 from fathom.config import LayerGroup, ModelConfig, MTPConfig
 from fathom.ffn import DenseConfig, FFNConfig, MoEConfig
 from fathom.ffn.balance import AuxLossFree, SeqAuxLoss
@@ -333,13 +333,20 @@ def _deepseek_v2() -> ModelConfig:
     return _deepseek(102400, 5120, 1, 12288, 59, attention, experts, max_seq_len=163840)
 
 
-def _deepseek_v3() -> ModelConfig:
-    attention = _mla(128, 1536, scaling=_yarn(1.0))
+def _deepseek_v3(attention: AttentionConfig | None = None) -> ModelConfig:
+    attention = attention or _mla(128, 1536, scaling=_yarn(1.0))
     experts = _v3_moe(
         256, top_k=8, inter_dim=2048, route_scale=2.5, n_expert_groups=8, n_limited_groups=4
     )
     mtp = MTPConfig(late_mtp_loss_coeff=0.1, late_from=10 / 14.8)  # T tokens of training
     return _deepseek(129280, 7168, 3, 18432, 58, attention, experts, max_seq_len=163840, mtp=mtp)
+
+
+def _deepseek_v32() -> ModelConfig:
+    mla = _mla(128, 1536, scaling=_yarn(1.0))
+    return _deepseek_v3(
+        DSAConfig.beside(mla, index_n_heads=64, index_head_dim=128, index_topk=2048)
+    )
 
 
 def _moonlight_16b_a3b() -> ModelConfig:
@@ -378,6 +385,9 @@ _TABLE: dict[str, Callable[[], ModelConfig]] = {
     "tiny-gqa": lambda: _tiny(_mha(4, 2, 32)),
     "tiny-mla": lambda: _tiny(_tiny_mla()),
     "tiny-moe": lambda: _tiny(ffn=_tiny_moe()),
+    "tiny-dsa": lambda: _tiny(
+        DSAConfig.beside(_tiny_mla(), index_n_heads=8, index_head_dim=32, index_topk=64)
+    ),
     "tiny-deepseek": lambda: _tiny(_tiny_mla(), _tiny_moe(), first_dense=True, mtp=MTPConfig()),
     "moe-1.25b": _moe_1_25b,
     "smollm2-135m": _smollm2_135m,
@@ -388,6 +398,7 @@ _TABLE: dict[str, Callable[[], ModelConfig]] = {
     "deepseek-v2-lite": _deepseek_v2_lite,
     "deepseek-v2": _deepseek_v2,
     "deepseek-v3": _deepseek_v3,
+    "deepseek-v3.2": _deepseek_v32,
     "moonlight-16b-a3b": _moonlight_16b_a3b,
     "kimi-k2": _kimi_k2,
 }

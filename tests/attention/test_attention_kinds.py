@@ -103,8 +103,12 @@ def test_parameters_are_counted_as_built(cfg):
 
 @every_kind
 def test_gradients_reach_every_parameter(cfg):
-    attention = built(cfg)
-    full(attention, inputs()).square().sum().backward()
+    attention, x = built(cfg), inputs()
+    out, indexing = attention.attend(x, Step.full(x[..., 0]))
+    loss = out.square().sum()
+    if indexing is not None:
+        loss = loss + indexing.loss
+    loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attention.parameters())
 
 

@@ -319,6 +319,9 @@ def test_deepseeks_names_are_translated_back(folder):
     write(folder, {**V3, "attention_bias": True})
     for name in load_file(folder / SINGLE):
         assert to_hugging_face(official_name(name)) == name
+    for part in ("wq_b.weight", "wk.weight", "k_norm.bias", "weights_proj.weight"):
+        indexer = f"model.layers.3.self_attn.indexer.{part}"
+        assert to_hugging_face(f"layers.3.attn.indexer.{part}") == indexer
     scale = "model.layers.3.self_attn.kv_b_proj.weight_scale_inv"
     assert to_hugging_face("layers.3.attn.wkv_b.scale") == scale
 
@@ -381,6 +384,11 @@ def test_deepseeks_config_keeps_the_defaults_of_its_code():
     assert "rope_scaling" not in deepseek_config(
         {"n_activated_experts": 6, "max_seq_len": 4096}, "config.json"
     )
+    indexer = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+    v32 = {**OFFICIAL, **indexer, "scale_fmt": "ue8m0"}
+    attention = read_config(deepseek_config(v32, "c"), "c").groups[0].attention
+    assert attention.kind == "dsa"
+    assert {key: getattr(attention, key) for key in indexer} == indexer
     with pytest.raises(CheckpointError, match="gate_noise is 1, which is not followed"):
         deepseek_config({"n_activated_experts": 6, "gate_noise": 1}, "config.json")
 

@@ -1,4 +1,4 @@
-"""Logits of Llama, DeepSeek-V2, V3 and V3's MTP on filled weights, equal to transformers 5.23.
+"""Logits of Llama, DeepSeek-V2, V3, its MTP and V3.2 on filled weights, equal to transformers 5.23.
 
 The fill rule needs no random numbers: tensor ``t`` (names sorted) and flat index ``n`` give
 ``0.35 sin(0.7n + 1.3t + 0.001n^2)``, norms ``1 + 0.1 cos(0.9n + 0.5t)``, routing biases
@@ -6,12 +6,13 @@ The fill rule needs no random numbers: tensor ``t`` (names sorted) and flat inde
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fathom.attention import MHAConfig, MLAConfig
+from fathom.attention import DSAConfig, MHAConfig, MLAConfig
 from fathom.config import LayerGroup, ModelConfig, MTPConfig
 from fathom.convert.deepseek import deepseek_rules
 from fathom.convert.llama import llama_rules
@@ -21,6 +22,7 @@ from fathom.layers.position import RopeConfig
 from fathom.layers.rope import Llama3Scaling, YarnScaling
 from fathom.layers.step import Step
 from fathom.model import Decoder, build_model
+from fathom.ops.indexer import index_scores
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 41, 2]])
 FRAME = {"vocab_size": 48, "dim": 32, "norm_eps": 1e-5}
@@ -158,6 +160,80 @@ def test_deepseek_v3_logits_and_routing_equal_transformers():
     assert load_of(model) == loads("012 235 012 145 145 015 567 367 015 167")
 
 
+LONG_IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 41, 2, 44, 19, 7, 30, 11, 27]])
+
+
+def v32() -> tuple[ModelConfig, list[Rule]]:
+    cfg, _ = v3()
+    groups = tuple(
+        replace(
+            group,
+            attention=DSAConfig.beside(
+                group.attention, index_n_heads=16, index_head_dim=16, index_topk=4
+            ),
+        )
+        for group in cfg.groups
+    )
+    cfg = replace(cfg, groups=groups)
+    return cfg, deepseek_rules(cfg)
+
+
+def test_deepseek_v32_logits_and_selections_equal_transformers():
+    cfg, rules = v32()
+    model = filled(cfg, rules)
+    assert num_tensors(rules) == 63
+    selected: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda *call: selected.append(call[2].indexing.selected_BTN[0]))
+        for block in model.blocks
+    ]
+    logits = model(LONG_IDS)
+    for hook in hooks:
+        hook.remove()
+    for row, want in ((15, [1.81839, 1.35166, -0.62302]), (9, [-1.27784, 0.00136, 1.3071])):
+        torch.testing.assert_close(logits[0, row, :3], torch.tensor(want), rtol=0, atol=1e-4)
+    best = "38 38 0 12 38 46 6 39 39 21 21 5 21 22 33 35"
+    assert logits[0].argmax(-1).tolist() == [int(token) for token in best.split()]
+    assert logits.double().sum().item() == pytest.approx(-17.2255, abs=5e-3)
+    assert logits.double().square().sum().item() == pytest.approx(1351.12, abs=0.05)
+    chosen = [[set(layer[t].tolist()) for t in (5, 9, 12, 15)] for layer in selected]
+    assert chosen == [
+        [{1, 3, 4, 5}, {2, 6, 7, 9}, {0, 1, 11, 12}, {2, 4, 8, 12}],
+        [{0, 1, 4, 5}, {3, 4, 6, 9}, {6, 7, 9, 12}, {0, 1, 9, 12}],
+    ]
+
+
+def test_deepseek_v32_index_scores_equal_transformers():
+    cfg, rules = v32()
+    block = filled(cfg, rules).blocks[0]
+    attention, step = block.attention, Step.full(LONG_IDS)
+    x = block.attention_norm(filled(cfg, rules).embed(LONG_IDS))
+    angles = attention.rope.angles(step.positions_BT, step.total)
+    scores = index_scores(*attention.indexer(x, attention.query_latent(x), angles))
+    want = torch.tensor([-9.14211, -2.72431, -3.92522, -2.35358, -2.17915, -2.51369])
+    torch.testing.assert_close(scores[0, 5, :6], want, rtol=0, atol=1e-4)
+
+
+def test_deepseek_v32_gradients_equal_transformers():
+    cfg, rules = v32()
+    model = filled(cfg, rules)
+    losses = model.loss(LONG_IDS, torch.cat([LONG_IDS[:, 1:], LONG_IDS.new_full((1, 1), -100)], 1))
+    losses.main.backward()
+    assert losses.main.item() == pytest.approx(5.27954, abs=1e-4)
+    norms = {
+        name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None
+    }
+    for name, want in (
+        ("embed.weight", 13.64076),
+        ("blocks.0.attention.wkv_a.weight", 10.83239),
+        ("blocks.0.attention.wq_b.weight", 5.12870),
+        ("blocks.1.attention.wkv_b.weight", 1.45080),
+        ("blocks.1.ffn.router.weight", 0.47820),
+    ):
+        assert norms[name] == pytest.approx(want, rel=1e-4), name
+    assert not any(".indexer." in name for name in norms)
+
+
 def num_tensors(rules: list[Rule]) -> int:
     return sum(len(rule.theirs) for rule in rules)
 
@@ -191,7 +267,7 @@ def test_v3_mtp_from_the_hidden_state_before_the_norm():
     assert logits.double().sum().item() == pytest.approx(82.7394, abs=5e-3)
 
 
-@pytest.mark.parametrize("family", [llama, v2, v3], ids=["llama", "v2", "v3"])
+@pytest.mark.parametrize("family", [llama, v2, v3, v32], ids=["llama", "v2", "v3", "v3.2"])
 def test_load_and_save_are_inverse_and_fill_every_tensor(family):
     cfg, rules = family()
     state = build_model(cfg).state_dict()

@@ -134,6 +134,8 @@ def test_quantised_projections_are_written_with_scales_and_all_else_as_it_is():
     tensors = {
         NAME: torch.randn(130, 20),
         "model.layers.0.mlp.experts.3.up_proj.weight": torch.randn(8, 4),
+        "model.layers.0.self_attn.indexer.wk.weight": torch.randn(8, 4),
+        "model.layers.0.self_attn.indexer.weights_proj.weight": torch.randn(4, 4),
         "model.layers.0.mlp.gate.weight": torch.randn(4, 4),
         "model.layers.0.self_attn.q_a_layernorm.weight": torch.randn(4),
         "model.layers.3.eh_proj.weight": torch.randn(4, 8),
@@ -143,7 +145,11 @@ def test_quantised_projections_are_written_with_scales_and_all_else_as_it_is():
     source = Quantised(Dictionary(tensors))
     made = {name: source.read(name) for name in source.entries}
     small = [name for name in made if made[name].dtype == E4M3]
-    assert small == [NAME, "model.layers.0.mlp.experts.3.up_proj.weight"]
+    assert small == [
+        NAME,
+        "model.layers.0.mlp.experts.3.up_proj.weight",
+        "model.layers.0.self_attn.indexer.wk.weight",
+    ]
     assert set(made) == {*tensors, *(name + SCALE for name in small)}
     assert all(torch.equal(made[name], tensors[name]) for name in tensors if name not in small)
     for name, tensor in made.items():

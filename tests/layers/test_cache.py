@@ -2,7 +2,7 @@
 
 import torch
 
-from fathom.layers.cache import Cache, Stream
+from fathom.layers.cache import Cache, Stream, Whole
 
 
 def positions(*rows: list[int]) -> torch.Tensor:
@@ -39,15 +39,16 @@ def test_a_chunk_longer_than_the_window_leaves_its_newest_tokens_in_the_ring():
 
 def test_a_window_as_long_as_the_capacity_is_kept_whole():
     cache = Cache([[Stream("k", 1, window=64)]], batch_size=1, capacity=16)
-    assert cache.layers[0].window is None
-    assert cache.layers[0].buffers[0].shape == (1, 16, 1)
+    store = cache.layers[0].stores["k"]
+    assert isinstance(store, Whole)
+    assert store.buffer.shape == (1, 16, 1)
 
 
 def test_rows_views_write_into_the_whole_cache():
     cache = Cache([[Stream("k", 1)]], batch_size=2, capacity=4)
     part = cache.rows(1, 2)
     part.layers[0].append(positions([0]), 1, [torch.ones(1, 1, 1)])
-    assert cache.layers[0].buffers[0][:, 0, 0].tolist() == [0.0, 1.0]
+    assert cache.layers[0].stores["k"].buffer[:, 0, 0].tolist() == [0.0, 1.0]
     assert (part.length, cache.length) == (0, 0)
 
 

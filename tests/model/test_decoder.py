@@ -13,7 +13,7 @@ from fathom.ffn.balance import AuxLossFree, SeqAuxLoss, ZLoss
 from fathom.layers.step import Step
 from fathom.model import Decoder, build_model
 from fathom.model.init import rule_of
-from kinds import KINDS, mha, mla
+from kinds import KINDS, dsa, mha, mla
 
 DENSE = DenseConfig(inter_dim=40)
 COARSE = MoEConfig(n_routed_experts=4, top_k=1, inter_dim=24)
@@ -132,8 +132,9 @@ def test_micro_batches_add_up_to_the_whole_batch():
 
 
 @every_ffn
-def test_recomputing_blocks_changes_neither_loss_nor_gradients_nor_counts(ffn):
-    model, ids = build_model(config(mla(), ffn), seed=1), tokens()
+@pytest.mark.parametrize("attention", [mla(), dsa()], ids=["mla", "dsa"])
+def test_recomputing_blocks_changes_neither_loss_nor_gradients_nor_counts(attention, ffn):
+    model, ids = build_model(config(attention, ffn), seed=1), tokens()
     results = []
     for recompute in (False, True):
         model.checkpoint_blocks = recompute
@@ -147,7 +148,9 @@ def test_recomputing_blocks_changes_neither_loss_nor_gradients_nor_counts(ffn):
 
 
 @pytest.mark.parametrize(
-    ("attention", "ffn"), [(mha(), DENSE), (mla(), FINE)], ids=["llama-like", "deepseek-like"]
+    ("attention", "ffn"),
+    [(mha(), DENSE), (mla(), FINE), (dsa(), FINE)],
+    ids=["llama-like", "deepseek-like", "deepseek-v3.2-like"],
 )
 def test_a_block_compiles_as_one_graph(attention, ffn):
     torch.compiler.reset()
@@ -155,8 +158,8 @@ def test_a_block_compiles_as_one_graph(attention, ffn):
     step = Step.full(ids, torch.tensor([0, 5, 12, 24], dtype=torch.int32))
     x = model.embed(ids).detach()
     compiled = torch.compile(model.blocks[1], fullgraph=True, backend="aot_eager")
-    (got, _), (want, _) = compiled(x, step), model.blocks[1](x, step)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    got, want = compiled(x, step), model.blocks[1](x, step)
+    torch.testing.assert_close(got.x_BTD, want.x_BTD, rtol=0, atol=1e-6)
 
 
 def test_mtp_predicts_the_token_after_next_within_its_document():

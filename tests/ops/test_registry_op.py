@@ -43,7 +43,9 @@ def test_why_not_is_empty_for_what_runs():
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_forced_kernel_is_refused_with_the_way_out(op):
-    with pytest.raises(ValueError, match=r"cannot run: .* pass impl='auto' for '(torch|reference)'"):
+    with pytest.raises(
+        ValueError, match=r"cannot run: .* pass impl='auto' for '(torch|reference)'"
+    ):
         choose(OPS[op], "triton", torch.ones(4, 4), torch.ones(1, 4, 4))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
 
 import fathom.parallel.shard  # noqa: F401  here, so that no forked rank has to import it
 from fathom.data.dataset import Dataset

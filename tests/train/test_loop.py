@@ -16,7 +16,7 @@ from fathom.model import build_model
 from fathom.settings import ConfigError
 from fathom.train import loop
 from fathom.train.config import RunConfig, read_run_config
-from fathom.train.device import compile_blocks
+from fathom.train.device import compile_blocks, uncompiled
 from fathom.train.evaluate import evaluate
 from fathom.train.loop import Trainer, TrainResult, train
 from fathom.train.metrics import Record, read_lines
@@ -428,6 +428,21 @@ def test_what_cannot_be_compiled_is_said_and_left_alone(make_config, monkeypatch
         "train.compile=true cannot be had here (no compiler); going on without it"
     ]
     warm_up()
+
+
+def test_evaluating_runs_the_blocks_as_they_were_written(make_config):
+    model = loop.build_model(make_config().model)
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+
+    def compiled(*_: object) -> None:
+        raise RuntimeError("compiled")
+
+    for block in model.blocks:
+        block._compiled_call_impl = compiled
+    with uncompiled(model):
+        model(tokens)
+    with pytest.raises(RuntimeError, match="compiled"):
+        model(tokens)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from fathom.train.metrics import (
 
 
 def losses(scale: float, counts: list[int], entropy: float) -> Losses:
-    values = [torch.tensor(scale * i, requires_grad=True) for i in (1.0, 2.0, 3.0, 4.0)]
+    values = [torch.tensor(scale * i, requires_grad=True) for i in (1.0, 2.0, 3.0, 4.0, 5.0)]
     routing = Routing(torch.zeros(()), torch.tensor(counts), torch.tensor(entropy))
     return Losses(*values, [routing])
 
@@ -35,7 +35,13 @@ def test_losses_and_counts_add_up_over_micro_batches_and_entropies_average():
     sums.add(losses(1.0, [1, 2, 3], 0.5))
     sums.add(losses(10.0, [4, 0, 1], 1.5))
     values = {name: value.item() for name, value in sums.losses.items()}
-    assert values == {"total_loss": 11, "loss": 22, "mtp_loss": 33, "balance_loss": 44}
+    assert values == {
+        "total_loss": 11,
+        "loss": 22,
+        "mtp_loss": 33,
+        "balance_loss": 44,
+        "index_loss": 55,
+    }
     assert [count.tolist() for count in sums.counts] == [[5, 2, 4]]
     assert sums.counts[0].dtype == torch.int64
     assert sums.vectors()[-1].tolist() == [1.0]

@@ -1,9 +1,25 @@
 """The attentions: ``kind`` in a config picks the class, the class builds the module."""
 
-from fathom.attention.base import Attention, AttentionConfig
+from fathom.attention.base import Attention, AttentionConfig, Indexing
+from fathom.attention.dsa import DSAConfig
 from fathom.attention.mha import MHAConfig
 from fathom.attention.mla import MLAConfig
+from fathom.attention.moba import MoBAConfig
 
-ATTENTION: dict[str, type[AttentionConfig]] = {"mha": MHAConfig, "mla": MLAConfig}
+ATTENTION: dict[str, type[AttentionConfig]] = {
+    "mha": MHAConfig,
+    "mla": MLAConfig,
+    "moba": MoBAConfig,
+    "dsa": DSAConfig,
+}
 
-__all__ = ["ATTENTION", "Attention", "AttentionConfig", "MHAConfig", "MLAConfig"]
+__all__ = [
+    "ATTENTION",
+    "Attention",
+    "AttentionConfig",
+    "DSAConfig",
+    "Indexing",
+    "MHAConfig",
+    "MLAConfig",
+    "MoBAConfig",
+]

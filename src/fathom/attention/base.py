@@ -6,6 +6,7 @@ Shapes: B batch, T new tokens, S all tokens so far, D model dim.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,46 @@ from fathom.layers.rope import Rope
 from fathom.layers.step import Step
 
 
+class Selection(NamedTuple):
+    """The blocks of keys that each query reads, as ``ops.block_attention`` takes them."""
+
+    starts_BTIN: Tensor  # int32, the first key of a block; -1: none
+    block_size: int
+
+
+class Indexing(NamedTuple):
+    """What an attention with an indexer says beside its output. Returned, never stored.
+
+    Args:
+        loss: what trains the indexer, a weighted scalar; None: nothing is to be trained.
+        selected_BTN: the tokens that each query read, for layers above to share; None: all.
+    """
+
+    loss: Tensor | None
+    selected_BTN: Tensor | None
+
+
 class Attention(nn.Module, ABC):
     """``forward(x_BTD, step) -> [B, T, D]``, the output projection included."""
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor: ...
 
+    def set_progress(self, progress: float) -> None:
+        """Training has come so far, from 0 to 1: for what follows a schedule. Nothing does here."""
+
+    def selection(self, x_BTD: Tensor, step: Step) -> Selection | None:
+        """Which blocks a sparse attention selects, for probes. None: it reads all it may see."""
+        return None
+
+    def attend(self, x_BTD: Tensor, step: Step) -> tuple[Tensor, Indexing | None]:
+        """What a block calls: ``forward``, and what an indexer says (None: there is none)."""
+        return self(x_BTD, step), None
+
     def scores(self, x_BTD: Tensor, step: Step) -> Tensor | None:
         """Scores before the softmax, ``[B, H, T, S]``, ``-inf`` where nothing may be seen.
+
+        A sparse attention gives those of every key that it could have selected.
 
         For probes that look, not for speed. None: this attention has no such scores.
         """

@@ -12,8 +12,9 @@ Shapes: B batch, T new tokens, S all tokens so far, D model dim, H heads, C late
 K nope head dim, R rope head dim, Q = K + R, V value head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ from fathom.layers.step import Step
 from fathom.ops.attention import attention
 from fathom.ops.rope import rotate
 
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]  # an attention of queries, keys and values
 INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in every release, whatever the model's norm_eps
 
 
@@ -138,13 +140,26 @@ class MLA(Attention):
 
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
         angles = self.rope.angles(step.positions_BT, step.total)
-        q_BTHQ = self.queries(x_BTD, angles)
+        q_BTHQ = self.queries(self.query_latent(x_BTD), angles)
         keys_BS, (latent_BSC, k_rope_BSR) = step.append(*self.latents(x_BTD, angles))
+        mixed_BTHV = self.read(q_BTHQ, latent_BSC, k_rope_BSR, keys_BS, step)
+        return self.wo(mixed_BTHV.flatten(-2))  # eq. 19
+
+    def read(
+        self,
+        q_BTHQ: Tensor,
+        latent_BSC: Tensor,
+        k_rope_BSR: Tensor,
+        keys_BS: Tensor | None,
+        step: Step,
+    ) -> Tensor:
+        """Attend to every visible token, in the cheaper form: ``[B, T, H, V]``."""
         mask = step.mask(keys_BS)
-        cached = step.cache is not None
-        absorbed = self.cfg.use_absorbed(x_BTD.shape[1], latent_BSC.shape[1], cached=cached)
-        attend = self.absorbed if absorbed else self.expanded
-        return self.wo(attend(q_BTHQ, latent_BSC, k_rope_BSR, mask).flatten(-2))  # eq. 19
+        core = partial(attention, scale=self.scale, mask=mask, causal=mask is None)
+        n_new, n_total = q_BTHQ.shape[1], latent_BSC.shape[1]
+        if self.cfg.use_absorbed(n_new, n_total, cached=step.cache is not None):
+            return self.absorbed(q_BTHQ, latent_BSC, k_rope_BSR, core)
+        return self.expanded(q_BTHQ, latent_BSC, k_rope_BSR, core)
 
     @property
     def scale(self) -> float:
@@ -153,10 +168,13 @@ class MLA(Attention):
         correction = 1.0 if scaling is None else scaling.softmax_factor
         return self.cfg.qk_head_dim**-0.5 * correction
 
-    def queries(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:  # eq. 12-14, 16
-        compressed = self.cfg.q_lora_rank is not None
-        flat = self.wq_b(self.q_norm(self.wq_a(x_BTD))) if compressed else self.wq(x_BTD)
-        q_BTHQ = flat.unflatten(-1, (self.cfg.n_heads, -1))
+    def query_latent(self, x_BTD: Tensor) -> Tensor:
+        """What queries are made of: the normed compressed query (eq. 12), or x itself."""
+        return x_BTD if self.cfg.q_lora_rank is None else self.q_norm(self.wq_a(x_BTD))
+
+    def queries(self, query_latent: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        flat = self.wq(query_latent) if self.cfg.q_lora_rank is None else self.wq_b(query_latent)
+        q_BTHQ = flat.unflatten(-1, (self.cfg.n_heads, -1))  # eq. 13, 14, 16
         nope, rope = q_BTHQ.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
         return torch.cat([nope, rotate(rope, *angles)], dim=-1)
 
@@ -168,11 +186,10 @@ class MLA(Attention):
         return self.kv_norm(latent), rotate(k_rope[:, :, None], *angles)[:, :, 0]
 
     def expanded(
-        self, q_BTHQ: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, mask: Tensor | None
+        self, q_BTHQ: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, core: Core
     ) -> Tensor:
         """Rebuild every head's keys and values, then attend (eq. 18)."""
-        k_BSHQ, v_BSHV = self.keys_values(latent_BSC, k_rope_BSR)
-        return attention(q_BTHQ, k_BSHQ, v_BSHV, scale=self.scale, mask=mask, causal=mask is None)
+        return core(q_BTHQ, *self.keys_values(latent_BSC, k_rope_BSR))
 
     def keys_values(self, latent_BSC: Tensor, k_rope_BSR: Tensor) -> tuple[Tensor, Tensor]:
         """Every head's keys ``[B, S, H, Q]`` and values ``[B, S, H, V]`` (eq. 10, 11, 17)."""
@@ -185,31 +202,39 @@ class MLA(Attention):
     def scores(self, x_BTD: Tensor, step: Step) -> Tensor:
         angles = self.rope.angles(step.positions_BT, step.total)
         k_BSHQ, _ = self.keys_values(*self.latents(x_BTD, angles))
-        return raw_scores(self.queries(x_BTD, angles), k_BSHQ, self.scale, step.mask(None))
+        q_BTHQ = self.queries(self.query_latent(x_BTD), angles)
+        return raw_scores(q_BTHQ, k_BSHQ, self.scale, step.mask(None))
 
     def position_keys(self, x_BTD: Tensor) -> tuple[Tensor, Rope]:
         return self.wkv_a(x_BTD)[:, :, None, self.cfg.kv_lora_rank :], self.rope
 
     def absorbed(
-        self, q_BTHQ: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, mask: Tensor | None
+        self, q_BTHQ: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, core: Core
     ) -> Tensor:
         """Attend to the latents: one key-value head whose value is the first C channels of its key.
 
-        ``q_nope . (W_k latent) = (W_k^T q_nope) . latent``, and ``W_v`` is applied to the mix.
+        ``W_v`` is applied to the mix.
+        """
+        q_BTHF, k_BS1F = self.absorb(q_BTHQ, latent_BSC, k_rope_BSR)
+        mix_BTHC = core(q_BTHF, k_BS1F, latent_BSC[:, :, None])
+        return torch.einsum("bthc,hvc->bthv", mix_BTHC, self._up()[1])
+
+    def absorb(
+        self, q_BTHQ: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, T, H, C + R]`` and the one key head ``[B, S, 1, C + R]`` they read.
+
+        ``q_nope . (W_k latent) = (W_k^T q_nope) . latent``.
         """
         cfg = self.cfg
         nope, rope = q_BTHQ.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)
-        up = self.wkv_b.weight.unflatten(0, (cfg.n_heads, -1))
-        up_k_HKC, up_v_HVC = up.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
-        q_latent = torch.einsum("bthk,hkc->bthc", nope, up_k_HKC)
-        q_BTHF = torch.cat([q_latent, rope], dim=-1)
-        k_BS1F = torch.cat([latent_BSC, k_rope_BSR], dim=-1)[:, :, None]
-        mix_BTHC = attention(
-            q_BTHF,
-            k_BS1F,
-            latent_BSC[:, :, None],
-            scale=self.scale,
-            mask=mask,
-            causal=mask is None,
+        q_latent = torch.einsum("bthk,hkc->bthc", nope, self._up()[0])
+        return (
+            torch.cat([q_latent, rope], dim=-1),
+            torch.cat([latent_BSC, k_rope_BSR], dim=-1)[:, :, None],
         )
-        return torch.einsum("bthc,hvc->bthv", mix_BTHC, up_v_HVC)
+
+    def _up(self) -> Sequence[Tensor]:
+        """The up-projections of keys ``[H, K, C]`` and values ``[H, V, C]``."""
+        up = self.wkv_b.weight.unflatten(0, (self.cfg.n_heads, -1))
+        return up.split([self.cfg.qk_nope_head_dim, self.cfg.v_head_dim], dim=1)

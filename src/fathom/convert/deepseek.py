@@ -1,11 +1,12 @@
-"""DeepSeek checkpoints (V1, V2, V3, R1 and their relatives) under Hugging Face names, as rules.
+"""DeepSeek checkpoints (V1 to V3.2, R1 and their relatives) under Hugging Face names, as rules.
 
-V1 has Llama's attention; V2 and V3 have MLA, whose RoPE rows turn adjacent pairs and are reordered.
+V1 has Llama's attention; V2 and V3 have MLA, whose RoPE rows turn adjacent pairs and are reordered;
+V3.2 has an indexer beside it, whose rows turn halves, as ours do.
 Experts lie one by one on disk and stacked here. The layers past the last are MTP modules, which
 store the embedding and the head a second time.
 """
 
-from fathom.attention import MHAConfig, MLAConfig
+from fathom.attention import DSAConfig, MHAConfig, MLAConfig
 from fathom.config import LayerGroup, ModelConfig
 from fathom.convert.llama import attention_rules, frame_rules, kinds, mlp_rules, norm_rules
 from fathom.convert.rules import Copy, Deinterleave, Rename, Rule, StackExperts
@@ -38,6 +39,8 @@ def layer_rules(ours: str, theirs: str, group: LayerGroup, interleaved: bool) ->
     rules = norm_rules(ours, theirs)
     if isinstance(group.attention, MLAConfig):
         rules += mla_rules(group.attention, ours, theirs, interleaved)
+        if isinstance(group.attention, DSAConfig):
+            rules += indexer_rules(ours + "attention.indexer.", theirs + "self_attn.indexer.")
     else:
         assert isinstance(group.attention, MHAConfig)
         rules += attention_rules(group.attention, ours, theirs)
@@ -74,6 +77,15 @@ def mla_rules(cfg: MLAConfig, ours: str, theirs: str, interleaved: bool) -> list
         Rename(ours + "kv_norm.weight", theirs + "kv_a_layernorm.weight"),
         Rename(ours + "wkv_b.weight", theirs + "kv_b_proj.weight"),
         *(Rename(f"{ours}wo.{k}", f"{theirs}o_proj.{k}") for k in kinds(cfg.bias)),
+    ]
+
+
+def indexer_rules(ours: str, theirs: str) -> list[Rule]:
+    """The lightning indexer."""
+    names = {"wq": "wq_b", "wk": "wk", "k_norm": "k_norm", "w_head": "weights_proj"}
+    return [
+        *(Rename(f"{ours}{a}.weight", f"{theirs}{b}.weight") for a, b in names.items()),
+        Rename(ours + "k_norm.bias", theirs + "k_norm.bias"),
     ]
 
 

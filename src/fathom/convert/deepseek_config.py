@@ -1,16 +1,17 @@
-"""``config.json`` of DeepSeek V1, V2 and V3 (Moonlight, Kimi-K2), to a model and back.
+"""``config.json`` of DeepSeek V1, V2, V3 (Moonlight, Kimi-K2) and V3.2, to a model and back.
 
 The three differ in the attention (Llama's, then MLA) and in how the router chooses: V1 the best by
 softmax; V2 the same, or within the groups whose best expert is best; V3 by sigmoid plus a bias,
-within the groups whose two best are best.
+within the groups whose two best are best. V3.2 is V3 with an indexer in every layer.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from fathom.attention import AttentionConfig, MHAConfig, MLAConfig
+from fathom.attention import AttentionConfig, DSAConfig, MHAConfig, MLAConfig
 from fathom.config import LayerGroup, ModelConfig, MTPConfig
 from fathom.convert.hf_config import (
+    LONG,
     TINY,
     HFConfig,
     read_frame,
@@ -42,6 +43,17 @@ def read_v3(hf: HFConfig) -> ModelConfig:
     hf.flag("rope_interleave", True)
     n_mtp = next((hf.integer(key, least=0, most=16) for key in MTP_KEYS if hf.has(key)), 0)
     return _read(hf, read_mla(hf), read_v3_moe, n_mtp)
+
+
+def read_v32(hf: HFConfig) -> ModelConfig:
+    """Model type ``deepseek_v32``."""
+    n_layers = hf.integer("num_hidden_layers", most=1000)
+    n_dense = min(hf.integer("first_k_dense_replace", least=0, most=TINY), n_layers)
+    hf.only("layer_types", (["indexed_attention"] * n_layers,))
+    hf.only("mlp_layer_types", (["dense"] * n_dense + ["sparse"] * (n_layers - n_dense),))
+    hf.flag("rope_interleave", True)
+    n_mtp = next((hf.integer(key, least=0, most=16) for key in MTP_KEYS if hf.has(key)), 0)
+    return _read(hf, read_dsa(hf), read_v3_moe, n_mtp)
 
 
 def _read(
@@ -79,6 +91,15 @@ def read_mla(hf: HFConfig) -> MLAConfig:
         v_head_dim=hf.integer("v_head_dim"),
         position=read_position(hf),
         bias=hf.flag("attention_bias"),
+    )
+
+
+def read_dsa(hf: HFConfig) -> DSAConfig:
+    return DSAConfig.beside(
+        read_mla(hf),
+        index_n_heads=hf.integer("index_n_heads", most=TINY),
+        index_head_dim=hf.integer("index_head_dim"),
+        index_topk=hf.integer("index_topk", most=LONG),
     )
 
 
@@ -200,6 +221,23 @@ def write_v3(cfg: ModelConfig) -> dict[str, Any]:
     top2 = moe.group_score == "top2" or moe.n_expert_groups == 1
     require(top2, "DeepSeek V3 has group_score = 'top2'")
     return data | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", **_write_groups(moe)}
+
+
+def write_v32(cfg: ModelConfig) -> dict[str, Any]:
+    """The reverse of :func:`read_v32`; ``ValueError``: V3.2 has no such part."""
+    attention = cfg.groups[0].attention
+    assert isinstance(attention, DSAConfig)
+    require(attention.q_lora_rank is not None, "the indexer of DeepSeek V3.2 needs a q_lora_rank")
+    require(
+        not attention.index_warmup and not attention.index_shared,
+        "in DeepSeek V3.2 every layer reads what its own indexer selects: index_warmup and "
+        "index_shared must be false",
+    )
+    return write_v3(cfg) | {
+        "index_n_heads": attention.index_n_heads,
+        "index_head_dim": attention.index_head_dim,
+        "index_topk": attention.index_topk,
+    }
 
 
 def _write(cfg: ModelConfig) -> tuple[MoEConfig | None, dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fathom.attention import MHAConfig, MLAConfig
+from fathom.attention import DSAConfig, MHAConfig, MLAConfig
 from fathom.config import ModelConfig
 from fathom.convert import deepseek_config
 from fathom.convert.deepseek import deepseek_rules
@@ -31,12 +31,14 @@ class Family:
         read: the model of a ``config.json``.
         write: the ``config.json`` of a model.
         rules: the rules of a model whose ``config.json`` is given.
+        follows: keys that it follows and others must not have.
     """
 
     architecture: str
     read: Callable[[HFConfig], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     rules: Callable[[ModelConfig, Data], list[Rule]]
+    follows: tuple[str, ...] = ()
 
 
 def _plain(cfg: ModelConfig, data: Data) -> list[Rule]:
@@ -48,6 +50,13 @@ def _deepseek(cfg: ModelConfig, data: Data) -> list[Rule]:
 
 
 _V3 = Family("DeepseekV3ForCausalLM", deepseek_config.read_v3, deepseek_config.write_v3, _deepseek)
+_V32 = Family(
+    "DeepseekV32ForCausalLM",
+    deepseek_config.read_v32,
+    deepseek_config.write_v32,
+    _deepseek,
+    follows=("index_n_heads", "index_topk", "layer_types", "mlp_layer_types"),
+)
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", read_llama, write_llama, _plain),
     "deepseek": Family(
@@ -58,6 +67,7 @@ FAMILIES = {
     ),
     "deepseek_v3": _V3,
     "kimi_k2": _V3,
+    "deepseek_v32": _V32,
 }
 
 
@@ -69,7 +79,7 @@ def read_config(data: Data, source: str) -> ModelConfig:
     """
     hf = HFConfig(data, source)
     family = family_of(hf)
-    hf.neutral()
+    hf.neutral(family.follows)
     try:
         return family.read(hf)
     except CheckpointError:
@@ -105,6 +115,8 @@ def _family_for(cfg: ModelConfig) -> str:
     moes = [group.ffn for group in cfg.groups if isinstance(group.ffn, MoEConfig)]
     if isinstance(cfg.groups[0].attention, MHAConfig):
         return "deepseek" if moes else "llama"
+    if isinstance(cfg.groups[0].attention, DSAConfig):
+        return "deepseek_v32"
     return "deepseek_v2" if moes and moes[0].score_func == "softmax" else "deepseek_v3"
 
 
@@ -123,9 +135,9 @@ def _require_uniform(cfg: ModelConfig) -> None:
     )
     if not ok:
         raise ConfigError(
-            "this model cannot be written for Hugging Face: a family there has one attention, mha "
-            "or mla, in all layers, equal dense layers and then equal MoE layers, and MTP with mla "
-            "alone; save it with format='fathom'"
+            "this model cannot be written for Hugging Face: a family there has one attention, mha, "
+            "mla or dsa, in all layers, equal dense layers and then equal MoE layers, and MTP with "
+            "mla or dsa; save it with format='fathom'"
         )
 
 
@@ -137,5 +149,5 @@ def may_be_left_out(name: str, cfg: ModelConfig, family: Family) -> bool:
     """Whether a tensor is not missed: RoPE's tables, and V3's MTP where no MTP is asked for."""
     if TABLES_OF_ROPE.fullmatch(name):
         return True
-    layer = LAYER.fullmatch(name) if family is _V3 and cfg.mtp is None else None
+    layer = LAYER.fullmatch(name) if family in (_V3, _V32) and cfg.mtp is None else None
     return layer is not None and int(layer[1]) >= cfg.n_layers

@@ -29,7 +29,7 @@ QUANTIZATION = {
 }
 QUANTISED = re.compile(
     r".*\.(self_attn|mlp)\.(.*\.)?"
-    r"((q|k|v|o|q_a|q_b|kv_b|gate|up|down)_proj|kv_a_proj_with_mqa)\.weight"
+    r"((q|k|v|o|q_a|q_b|kv_b|gate|up|down)_proj|kv_a_proj_with_mqa|indexer\.(wq_b|wk))\.weight"
 )
 
 

@@ -116,11 +116,11 @@ class HFConfig:
             shown = " or ".join(str(item) for item in (*allowed, "null"))
             raise self.refuse(key, f"and only {shown} {why} here")
 
-    def neutral(self) -> None:
-        """Refuse every known key that would change the numbers and is not followed."""
-        for key, allowed in NEUTRAL.items():
-            self.only(key, allowed)
-        kinds = self.data.get("layer_types")
+    def neutral(self, followed: Collection[str] = ()) -> None:
+        """Refuse every known key that would change the numbers and is not ``followed``."""
+        for key in NEUTRAL.keys() - set(followed):
+            self.only(key, NEUTRAL[key])
+        kinds = None if "layer_types" in followed else self.data.get("layer_types")
         if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - FULL):
             raise self.refuse("layer_types", "and only full_attention is followed here")
 

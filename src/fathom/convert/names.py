@@ -44,6 +44,7 @@ LAYER = {
     "w3": "up_proj",
     "scale": "weight_scale_inv",
 }
+INDEXER = {name: LAYER[name] for name in ("attn", "scale")}  # all others are Hugging Face's already
 
 
 def to_hugging_face(name: str) -> str:
@@ -53,7 +54,8 @@ def to_hugging_face(name: str) -> str:
         return ".".join([FRAME.get(first, first), *rest])
     if rest[-2:] == ["gate", "bias"]:  # routing only, and not a bias of the product
         rest[-1] = "e_score_correction_bias"
-    return ".".join(["model.layers", *(LAYER.get(part, part) for part in rest)])
+    names = INDEXER if "indexer" in rest else LAYER
+    return ".".join(["model.layers", *(names.get(part, part) for part in rest)])
 
 
 class Renamed(TensorSource):
@@ -142,7 +144,8 @@ class Ranks(TensorSource):
 
     def _dim(self, name: str) -> int | None:
         parts = name.split(".")
-        sliced = len(parts) > 1 and not EXPERT.fullmatch(name) and parts[-1] != "bias"
+        whole = EXPERT.fullmatch(name) or "indexer" in parts or parts[-1] == "bias"
+        sliced = len(parts) > 1 and not whole
         return SLICED.get(parts[-2]) if sliced else None
 
     @property

@@ -34,6 +34,7 @@ DEEPSEEK_KEYS = {  # theirs: Hugging Face's, and the default of the inference co
     "max_seq_len": ("max_position_embeddings", 16384),
     "rope_theta": ("rope_theta", 10000.0),
 }
+INDEXER_KEYS = ("index_n_heads", "index_head_dim", "index_topk")  # of V3.2, named as by HF
 YARN = {"rope_factor": 40.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
 UNUSED = ("dtype", "scale_fmt", "max_batch_size", "original_seq_len")
 
@@ -48,7 +49,7 @@ def deepseek_config(data: Data, source: str) -> dict[str, Any]:
     Raises:
         CheckpointError: a key that is not known.
     """
-    _only_known(data, {*DEEPSEEK_KEYS, *YARN, *UNUSED}, source)
+    _only_known(data, {*DEEPSEEK_KEYS, *INDEXER_KEYS, *YARN, *UNUSED}, source)
     found = {hf: data.get(key, default) for key, (hf, default) in DEEPSEEK_KEYS.items()}
     hf = HFConfig({"original_seq_len": 4096, "max_seq_len": 16384, **data}, source)
     original = hf.integer("original_seq_len", most=LONG)
@@ -65,10 +66,13 @@ def deepseek_config(data: Data, source: str) -> dict[str, Any]:
         }
     sigmoid = found["scoring_func"] == "sigmoid"
     groups = found["n_group"] != 1
+    indexer = {key: data[key] for key in INDEXER_KEYS if key in data}
+    version = "V32" if indexer else "V3" if sigmoid else "V2"
     return {
         **found,
-        "architectures": ["DeepseekV3ForCausalLM" if sigmoid else "DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        **indexer,
+        "architectures": [f"Deepseek{version}ForCausalLM"],
+        "model_type": f"deepseek_{version.lower()}",
         "topk_method": "noaux_tc" if sigmoid else "group_limited_greedy" if groups else "greedy",
         "norm_topk_prob": sigmoid,
         "q_lora_rank": found["q_lora_rank"] or None,

@@ -3,9 +3,10 @@
 A stream is one row of numbers per token (or per several tokens). The contiguous cache here, the
 calculators in ``sizing`` and the ladder's report all use ``Stream``; no cache formula stands twice.
 
-Shapes: B batch, T new tokens, S all tokens so far, W stream width.
+Shapes: B batch, T new tokens (or entries), S all tokens (or entries) so far, W stream width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,55 +41,108 @@ class Stream:
 
 
 @dataclass
-class LayerCache:
-    """One layer's part of a :class:`Cache`: the streams of its attention, row ``slot`` per token.
+class Store(ABC):
+    """The rows of one stream."""
 
-    A stream kept whole has one slot per position. A windowed stream is a ring: position ``p`` lives
-    in slot ``p % window``, and ``slot_positions`` says which position a slot holds (-1: none).
-    """
+    buffer: Tensor  # [B, slots, W]
 
-    buffers: list[Tensor]  # [B, capacity, W] each
-    window: int | None
-    slot_positions: Tensor | None = None  # [B, window], only with a window
-
-    def append(
-        self, positions_BT: Tensor, total: int, new: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Store the new rows at their positions; return ``(key_positions_BS, streams_BSW)``.
+    @abstractmethod
+    def append(self, positions_BT: Tensor, total: int, new_BTW: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new rows at their positions; return ``(key_positions_BS, stream_BSW)``.
 
         ``total`` is the number of positions in use after this call, a host integer.
         """
-        if self.window is None:
-            return self._append_whole(positions_BT, total, new)
-        return self._append_ring(positions_BT, new)
 
-    def _append_whole(
-        self, positions_BT: Tensor, total: int, new: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        rows = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-        for buffer, rows_new in zip(self.buffers, new, strict=True):
-            buffer[rows, positions_BT] = rows_new.to(buffer.dtype)
-        keys = torch.arange(total, device=positions_BT.device).expand(positions_BT.shape[0], -1)
-        return keys, [buffer[:, :total] for buffer in self.buffers]
+    @abstractmethod
+    def places(self, positions_BT: Tensor) -> Tensor:
+        """Where the newly appended rows stand among the S that ``append`` returns."""
 
-    def _append_ring(
-        self, positions_BT: Tensor, new: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The old window and the new rows side by side, then the new rows take their slots."""
-        assert self.window is not None
-        assert self.slot_positions is not None
-        keys = torch.cat([self.slot_positions, positions_BT], dim=1)
-        streams = [
-            torch.cat([buffer, rows_new.to(buffer.dtype)], dim=1)
-            for buffer, rows_new in zip(self.buffers, new, strict=True)
-        ]
-        rows = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> "Store":
+        """A view of some rows of the batch."""
+
+
+@dataclass
+class Whole(Store):
+    """A slot for every position."""
+
+    def append(self, positions_BT: Tensor, total: int, new_BTW: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(positions_BT.shape[0], device=positions_BT.device)
+        self.buffer[rows[:, None], positions_BT] = new_BTW.to(self.buffer.dtype)
+        keys = torch.arange(total, device=positions_BT.device).expand(len(rows), -1)
+        return keys, self.buffer[:, :total]
+
+    def places(self, positions_BT: Tensor) -> Tensor:
+        return positions_BT
+
+    def rows(self, start: int, stop: int) -> "Whole":
+        return Whole(self.buffer[start:stop])
+
+
+@dataclass
+class Ring(Store):
+    """The newest ``window`` positions: position ``p`` lives in slot ``p % window``."""
+
+    slot_positions: Tensor  # [B, window], which position a slot holds; -1: none
+
+    @property
+    def window(self) -> int:
+        return self.buffer.shape[1]
+
+    def append(self, positions_BT: Tensor, total: int, new_BTW: Tensor) -> tuple[Tensor, Tensor]:
+        """The window before the new rows, oldest first, then they; the new rows take their slots.
+
+        A position of -1 in the result marks a row that does not exist.
+        """
+        batch = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+        wanted = positions_BT[:, :1] + torch.arange(-self.window, 0, device=batch.device)
+        slots = wanted % self.window
+        old = torch.where(self.slot_positions[batch, slots] == wanted, wanted, -1)
+        keys = torch.cat([old, positions_BT], dim=1)
+        new = new_BTW.to(self.buffer.dtype)
+        stream = torch.cat([self.buffer[batch, slots], new], dim=1)
         last = slice(max(positions_BT.shape[1] - self.window, 0), None)  # a slot is written once
         slots = positions_BT[:, last] % self.window
-        self.slot_positions[rows, slots] = positions_BT[:, last]
-        for buffer, rows_new in zip(self.buffers, new, strict=True):
-            buffer[rows, slots] = rows_new[:, last].to(buffer.dtype)
-        return keys, streams
+        self.slot_positions[batch, slots] = positions_BT[:, last]
+        self.buffer[batch, slots] = new[:, last]
+        return keys, stream
+
+    def places(self, positions_BT: Tensor) -> Tensor:
+        batch, length = positions_BT.shape
+        return torch.arange(length, device=positions_BT.device).expand(batch, -1) + self.window
+
+    def rows(self, start: int, stop: int) -> "Ring":
+        return Ring(self.buffer[start:stop], self.slot_positions[start:stop])
+
+
+@dataclass
+class LayerCache:
+    """One layer's part of a :class:`Cache`: a store for each stream of its attention, by name."""
+
+    stores: dict[str, Store]
+
+    def append(
+        self,
+        positions_BT: Tensor,
+        total: int,
+        new: Sequence[Tensor],
+        names: Sequence[str] | None = None,
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Store new rows of some streams that are kept alike; ``(key_positions_BS, streams)``.
+
+        ``names`` says of which streams; None: of all, in the order of their declaration.
+        """
+        names = list(self.stores) if names is None else names
+        pairs = [
+            self.stores[name].append(positions_BT, total, rows)
+            for name, rows in zip(names, new, strict=True)
+        ]
+        assert len({keys.shape for keys, _ in pairs}) == 1, "these streams are not kept alike"
+        return pairs[0][0], [stream for _, stream in pairs]
+
+    def rows(self, start: int, stop: int) -> "LayerCache":
+        """A view of some rows of the batch."""
+        return LayerCache({name: store.rows(start, stop) for name, store in self.stores.items()})
 
 
 class Cache:
@@ -115,7 +169,7 @@ class Cache:
         self.capacity = capacity
         self.length = 0
         self.layers = [
-            _layer_cache(streams, batch_size, capacity, torch.device(device), dtype)
+            LayerCache({s.name: _store(s, batch_size, capacity, device, dtype) for s in streams})
             for streams in layers
         ]
 
@@ -123,42 +177,25 @@ class Cache:
         """A view of some rows with a length of its own: prompts of unequal length prefill alone."""
         part = object.__new__(Cache)
         part.capacity, part.length = self.capacity, 0
-        part.layers = [
-            LayerCache(
-                [b[start:stop] for b in layer.buffers],
-                layer.window,
-                None if layer.slot_positions is None else layer.slot_positions[start:stop],
-            )
-            for layer in self.layers
-        ]
+        part.layers = [layer.rows(start, stop) for layer in self.layers]
         return part
 
     @property
     def num_bytes(self) -> int:
         """Bytes held, all layers and rows."""
-        return sum(b.numel() * b.element_size() for layer in self.layers for b in layer.buffers)
+        stores = [store for layer in self.layers for store in layer.stores.values()]
+        return sum(store.buffer.numel() * store.buffer.element_size() for store in stores)
 
 
-def _layer_cache(
-    streams: Sequence[Stream], batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-) -> LayerCache:
-    windows = {stream.window for stream in streams}
-    assert len(windows) == 1, "one layer's streams are kept equally far back"
-    window = windows.pop()
-    if window is not None and window >= capacity:
-        window = None
-    slots = window or capacity
-    buffers = [
-        torch.zeros(
-            batch,
-            slots,
-            stream.width,
-            device=device,
-            dtype=getattr(torch, stream.dtype) if stream.dtype else dtype,
-        )
-        for stream in streams
-    ]
-    positions = None
-    if window is not None:
-        positions = torch.full((batch, window), -1, device=device, dtype=torch.int64)
-    return LayerCache(buffers, window, positions)
+def _store(
+    stream: Stream, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype
+) -> Store:
+    held = getattr(torch, stream.dtype) if stream.dtype else dtype
+
+    def buffer(slots: int) -> Tensor:
+        return torch.zeros(batch, slots, stream.width, device=device, dtype=held)
+
+    if stream.window is None or stream.window >= capacity:
+        return Whole(buffer(-(-capacity // stream.tokens_per_entry)))
+    slot_positions = torch.full((batch, stream.window), -1, device=device, dtype=torch.int64)
+    return Ring(buffer(stream.window), slot_positions)

@@ -21,12 +21,14 @@ class Step:
         total: positions in use after this step (equal to T without a cache); a host integer.
         visible_BTT: True where the token of a row may see the other; None: plain causal.
         cache: this layer's cache, or None.
+        selected_BTN: what an indexer below chose for each query, for layers that share it.
     """
 
     positions_BT: Tensor
     total: int
     visible_BTT: Tensor | None = None
     cache: LayerCache | None = None
+    selected_BTN: Tensor | None = None
 
     @classmethod
     def full(cls, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> "Step":
@@ -67,19 +69,33 @@ class Step:
             positions_BT = starts_B[:, None] + places
         return cls(positions_BT, total=cache.length + length)
 
-    def at(self, cache: LayerCache | None) -> "Step":
+    def at(self, cache: LayerCache | None, selected_BTN: Tensor | None = None) -> "Step":
         """The same step as one layer sees it."""
-        return self if cache is None else replace(self, cache=cache)
+        if cache is None and selected_BTN is None:
+            return self
+        return replace(self, cache=cache, selected_BTN=selected_BTN)
 
-    def append(self, *new: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
+    def append(
+        self, *new: Tensor, names: Sequence[str] | None = None
+    ) -> tuple[Tensor | None, Sequence[Tensor]]:
         """Store new cache rows; return ``(key_positions_BS, streams)``, all tokens so far.
 
         Without a cache the rows come back as they are and ``key_positions`` is None: the keys are
-        the queries' own tokens.
+        the queries' own tokens. ``names``: the streams, where a layer does not keep all alike.
         """
         if self.cache is None:
             return None, new
-        return self.cache.append(self.positions_BT, self.total, new)
+        return self.cache.append(self.positions_BT, self.total, new, names)
+
+    def places(self, name: str) -> Tensor:
+        """Where the step's tokens stand among the rows that ``append`` gives of a stream.
+
+        ``[B, T]``; the tokens of a document stand one after the other.
+        """
+        if self.cache is not None:
+            return self.cache.stores[name].places(self.positions_BT)
+        batch, length = self.positions_BT.shape
+        return torch.arange(length, device=self.positions_BT.device).expand(batch, -1)
 
     def mask(
         self,

@@ -3,12 +3,23 @@
 Shapes: B batch, T new tokens, D model dim.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
+from fathom.attention import Indexing
 from fathom.config import LayerGroup
 from fathom.ffn import Routing
 from fathom.layers.norm import RMSNorm
 from fathom.layers.step import Step
+
+
+class BlockOutput(NamedTuple):
+    """The residual, and what the experts and the indexer say, where there are any."""
+
+    x_BTD: Tensor
+    routing: Routing | None
+    indexing: Indexing | None
 
 
 class Block(nn.Module):
@@ -21,7 +32,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(dim, norm_eps)
         self.ffn = group.ffn.build(dim)
 
-    def forward(self, x_BTD: Tensor, step: Step) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), step)
+    def forward(self, x_BTD: Tensor, step: Step) -> BlockOutput:
+        mixed_BTD, indexing = self.attention.attend(self.attention_norm(x_BTD), step)
+        x_BTD = x_BTD + mixed_BTD
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), step)
-        return x_BTD + y_BTD, routing
+        return BlockOutput(x_BTD + y_BTD, routing, indexing)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fathom.attention import Attention
 from fathom.config import ModelConfig
 from fathom.ffn import Routing
 from fathom.ffn.moe import MoE
@@ -19,18 +20,20 @@ from fathom.layers.cache import Cache
 from fathom.layers.linear import Embedding, Linear
 from fathom.layers.norm import RMSNorm
 from fathom.layers.step import Step
-from fathom.model.block import Block
+from fathom.model.block import Block, BlockOutput
 from fathom.model.mtp import IGNORE, MTPModule, MTPOutput, shorten, targets_ahead
 from fathom.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
 
 
 @dataclass
 class Hidden:
-    """What the blocks give: states after and before the final norm, each MoE layer's routing."""
+    """What the blocks give: states after and before the final norm; of each MoE layer its routing,
+    of each indexer its loss."""
 
     states_BTD: Tensor
     before_norm_BTD: Tensor
     routing: list[Routing]
+    index_losses: list[Tensor]
 
 
 @dataclass
@@ -38,10 +41,11 @@ class Losses:
     """Losses of one batch, scalars in nats per token.
 
     Args:
-        total: what to backpropagate: ``main`` + weighted ``mtp`` + ``balance``.
+        total: what to backpropagate: ``main`` + weighted ``mtp`` + ``balance`` + ``index``.
         main: cross-entropy of the next token.
         mtp: mean cross-entropy over MTP depths, unweighted; 0 without MTP.
         balance: the balance losses, already weighted.
+        index: what trains the indexers, already weighted; 0 without any.
         routing: one per MoE layer, the main layers first, then MTP's.
     """
 
@@ -49,6 +53,7 @@ class Losses:
     main: Tensor
     mtp: Tensor
     balance: Tensor
+    index: Tensor
     routing: list[Routing]
 
 
@@ -99,17 +104,20 @@ class Decoder(nn.Module):
     def hidden(self, tokens_BT: Tensor, step: Step, cache: Cache | None = None) -> Hidden:
         """Run the blocks and the final norm."""
         x_BTD = self.embed(tokens_BT)
-        routing = []
+        routing, index_losses, selected_BTN = [], [], None
         for index, block in enumerate(self.blocks):
-            layer_step = step.at(None if cache is None else cache.layers[index])
-            x_BTD, routed = self._run(block, x_BTD, layer_step)
+            layer_step = step.at(None if cache is None else cache.layers[index], selected_BTN)
+            x_BTD, routed, indexing = self._run(block, x_BTD, layer_step)
             routing += [] if routed is None else [routed]
-        return Hidden(self.norm(x_BTD), x_BTD, routing)
+            if indexing is not None:
+                selected_BTN = indexing.selected_BTN
+                index_losses += [] if indexing.loss is None else [indexing.loss]
+        return Hidden(self.norm(x_BTD), x_BTD, routing, index_losses)
 
-    def _run(self, block: nn.Module, x_BTD: Tensor, step: Step) -> tuple[Tensor, Routing | None]:
+    def _run(self, block: nn.Module, x_BTD: Tensor, step: Step) -> BlockOutput:
         if self.checkpoint_blocks and torch.is_grad_enabled():
             result = checkpoint(block, x_BTD, step, use_reentrant=False)
-            assert isinstance(result, tuple)
+            assert isinstance(result, BlockOutput)
             return result
         return block(x_BTD, step)
 
@@ -156,28 +164,34 @@ class Decoder(nn.Module):
             tokens_BT: inputs.
             targets_BT: the next token of each, -100 where there is none.
             cu_seqlens: borders of packed documents.
-            progress: share of training done, 0 to 1, for MTP's weight.
+            progress: share of training done, 0 to 1, for MTP's weight and attentions' schedules.
             denominator: valid targets of the whole optimizer step, so that the micro-batches of
                 an accumulation add up to one mean; None: those of this batch.
             share: of the step's tokens that this micro-batch has, for the balance losses.
         """
+        for attention in self.attentions():
+            attention.set_progress(progress)
         step = Step.full(tokens_BT, cu_seqlens)
         hidden = self.hidden(tokens_BT, step)
         count = denominator
         if count is None:
             count = (targets_BT != IGNORE).sum().clamp(min=1)
         main = self._cross_entropy(hidden.states_BTD, targets_BT) / count
-        routing, depth_losses = list(hidden.routing), []
+        routing, index_losses = list(hidden.routing), list(hidden.index_losses)
+        depth_losses = []
         for depth, output in self.predict_ahead(tokens_BT, hidden, step):
             ahead = targets_ahead(targets_BT, step.positions_BT, depth)
             depth_losses.append(self._cross_entropy(output.states_BTD, ahead) / count)
             routing += [] if output.routing is None else [output.routing]
+            if output.indexing is not None and output.indexing.loss is not None:
+                index_losses.append(output.indexing.loss)
         mtp = torch.stack(depth_losses).mean() if depth_losses else main.new_zeros(())
-        balance = main.new_zeros(())
-        for routed in routing:
-            balance = balance + routed.balance_loss * share
+        zero = main.new_zeros(())
+        balance = sum((routed.balance_loss * share for routed in routing), start=zero)
+        index = sum((loss * share for loss in index_losses), start=zero)
         coeff = 0.0 if self.cfg.mtp is None else self.cfg.mtp.loss_coeff(progress)
-        return Losses(main + coeff * mtp + balance, main, mtp, balance, routing)
+        total = main + coeff * mtp + balance + index
+        return Losses(total, main, mtp, balance, index, routing)
 
     def _cross_entropy(self, states_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         return linear_cross_entropy(
@@ -192,6 +206,10 @@ class Decoder(nn.Module):
         states_BTD = self.hidden(tokens_BT, Step.full(tokens_BT, cu_seqlens)).states_BTD
         flat = token_cross_entropy(states_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
         return flat.view_as(targets_BT)
+
+    def attentions(self) -> list[Attention]:
+        """Of every layer, the main ones first, then MTP's."""
+        return [part for part in self.modules() if isinstance(part, Attention)]
 
     def moe_layers(self) -> list[tuple[str, MoE]]:
         """Every MoE with its name, in the order of ``Losses.routing``."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fathom.attention import Indexing
 from fathom.config import ModelConfig
 from fathom.ffn import Routing
 from fathom.layers.linear import Linear
@@ -24,11 +25,12 @@ IGNORE = -100
 
 
 class MTPOutput(NamedTuple):
-    """One module's result: the state for the head, that state before its norm, its routing."""
+    """One module's result: the state for the head, and before its norm; routing and indexing."""
 
     states_BTD: Tensor
     before_norm_BTD: Tensor
     routing: Routing | None
+    indexing: Indexing | None
 
 
 class MTPModule(nn.Module):
@@ -45,8 +47,8 @@ class MTPModule(nn.Module):
     def forward(self, embedded_BTD: Tensor, hidden_BTD: Tensor, step: Step) -> MTPOutput:
         """``embedded`` is of the token ``k`` places after that of ``hidden``."""
         joined = torch.cat([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], dim=-1)
-        x_BTD, routing = self.block(self.eh_proj(joined), step)
-        return MTPOutput(self.norm(x_BTD), x_BTD, routing)
+        x_BTD, routing, indexing = self.block(self.eh_proj(joined), step)
+        return MTPOutput(self.norm(x_BTD), x_BTD, routing, indexing)
 
 
 def shorten(step: Step, depth: int) -> Step:

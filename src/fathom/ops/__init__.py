@@ -11,6 +11,7 @@ from fathom.ops.attention import ATTENTION, attention
 from fathom.ops.block_attention import BLOCK_ATTENTION, block_attention
 from fathom.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
 from fathom.ops.grouped_mm import GROUPED_MM, grouped_mm
+from fathom.ops.indexer import INDEX_TOPK, index_loss, index_topk
 from fathom.ops.norm import rms_norm
 from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
 from fathom.ops.range_attention import RANGE_ATTENTION, range_attention
@@ -34,6 +35,8 @@ __all__ = [
     "combine",
     "gather",
     "grouped_mm",
+    "index_loss",
+    "index_topk",
     "linear_cross_entropy",
     "range_attention",
     "rms_norm",
@@ -56,6 +59,7 @@ OPS = {
     "block_attention": BLOCK_ATTENTION,
     "cross_entropy": _plain("cross_entropy"),
     "grouped_mm": GROUPED_MM,
+    "index_topk": INDEX_TOPK,
     "norm": _plain("norm"),
     "permute": _plain("permute"),
     "range_attention": RANGE_ATTENTION,

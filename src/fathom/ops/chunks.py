@@ -3,7 +3,7 @@
 Rematerialisation (arXiv:1604.06174): the backward computes a chunk again instead of keeping it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ CHUNK_NUMBERS = 1 << 24  # numbers that the widest tensor of a chunk may hold
 def chunk_size(numbers_per_query: int) -> int:
     """How many queries go together if each needs so many numbers."""
     return max(CHUNK_NUMBERS // max(numbers_per_query, 1), 1)
+
+
+def spans(n_queries: int, numbers_per_query: int) -> Iterator[slice]:
+    """The queries of each chunk."""
+    size = chunk_size(numbers_per_query)
+    return (slice(a, min(a + size, n_queries)) for a in range(0, n_queries, size))
 
 
 def by_queries(run: Callable[..., Tensor], size: int, *tensors_BT: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fathom.attention import Attention
 from fathom.data.dataset import Dataset
@@ -83,10 +83,11 @@ def attentions(model: Decoder) -> list[Attention]:
 def attention_inputs(model: Decoder) -> Iterator[list[tuple[Tensor, Step]]]:
     """Collects each layer's attention input ``(x_BTD, step)`` during a forward, layer by layer."""
     seen: list[tuple[Tensor, Step]] = []
-    hooks = [
-        part.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0], inputs[1])))
-        for part in attentions(model)
-    ]
+
+    def collect(block: nn.Module, inputs: tuple[Tensor, Step]) -> None:
+        seen.append((block.get_submodule("attention_norm")(inputs[0]), inputs[1]))
+
+    hooks = [block.register_forward_pre_hook(collect) for block in model.blocks]
     try:
         yield seen
     finally:

@@ -9,8 +9,7 @@ limit: the pairs together do not repeat there.
 import math
 from typing import TypedDict
 
-from fathom.attention import AttentionConfig, MLAConfig
-from fathom.attention.mha import MHAConfig
+from fathom.attention import AttentionConfig, MHAConfig, MLAConfig, MoBAConfig
 from fathom.config import ModelConfig
 from fathom.layers.position import DecoupledRopeConfig, RopeConfig
 
@@ -49,6 +48,8 @@ def rotation(attention: AttentionConfig) -> tuple[RopeConfig, int] | None:
         case MHAConfig(position=DecoupledRopeConfig() as position):
             return position, position.rope_head_dim
         case MHAConfig(position=RopeConfig() as position, head_dim=dim):
+            return position, dim
+        case MoBAConfig(position=RopeConfig() as position, head_dim=dim):
             return position, dim
         case _:
             return None

@@ -221,7 +221,7 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def init_from(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
-    """Begin with the weights of a run or checkpoint folder.
+    """Begin with the weights of a run or checkpoint folder; an indexer it lacks stays as it is.
 
     Raises:
         CheckpointError: its tokenizer or its shapes are not this run's.
@@ -233,8 +233,11 @@ def init_from(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
             f"train.init_from={path} was trained with tokenizer {theirs[:12]} and this run's data "
             f"has tokenizer {ours[:12]}: the same ids would mean other text"
         )
-    check_shapes(model.cfg, tensor_shapes(folder / MODEL), folder)
-    copy_tensors(folder / MODEL, model.state_dict())
+    state, shapes = model.state_dict(), tensor_shapes(folder / MODEL)
+    new = {name for name in state.keys() - shapes.keys() if ".indexer." in name}
+    needed = {**shapes, **{name: tuple(state[name].shape) for name in new}}
+    check_shapes(model.cfg, needed, folder)
+    copy_tensors(folder / MODEL, {name: t for name, t in state.items() if name not in new})
 
 
 def random_state(device: torch.device) -> dict[str, str]:

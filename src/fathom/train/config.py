@@ -57,7 +57,10 @@ class TrainConfig(Config):
         sample_every: steps between texts written by the model, likewise; 0: never.
         log_every: steps between printed lines; ``metrics.jsonl`` has every step.
         log_load: write every expert's load into each line of ``metrics.jsonl``.
-        init_from: a run or checkpoint folder whose weights the run begins with.
+        init_from: a run or checkpoint folder whose weights the run begins with; an indexer that it
+            lacks begins as initialised.
+        only: patterns of the parameters that are trained (``*.indexer.*``); all others, and the
+            routing biases, stay as they are. Empty: everything is trained.
     """
 
     steps: int
@@ -91,6 +94,7 @@ class TrainConfig(Config):
     log_every: int = 10
     log_load: bool = False
     init_from: str | None = None
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         counts = ("steps", "tokens_per_step", "micro_batch_size", "ramp_from_tokens")

@@ -102,6 +102,24 @@ def compile_blocks(
         return False
 
 
+@contextmanager
+def uncompiled(model: Decoder) -> Iterator[None]:
+    """Within it, compiled blocks run as they were written.
+
+    What is not a training step comes in other shapes and without gradients, and each of those would
+    be compiled anew.
+    """
+    blocks = [*model.blocks, *(module.block for module in model.mtp)]
+    compiled = [block._compiled_call_impl for block in blocks]
+    for block in blocks:
+        block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for block, call in zip(blocks, compiled, strict=True):
+            block._compiled_call_impl = call
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s of a GPU that we know; None for any other device."""
     if device.type != "cuda":

@@ -34,6 +34,7 @@ from fathom.train.device import (
     peak_flops,
     pick_device,
     reproducible,
+    uncompiled,
 )
 from fathom.train.evaluate import Evaluation, evaluate, last_evaluation
 from fathom.train.metrics import (
@@ -45,7 +46,7 @@ from fathom.train.metrics import (
     replace_text,
     routing_figures,
 )
-from fathom.train.optim import Optimizer, clip_gradients
+from fathom.train.optim import Optimizer, clip_gradients, freeze_all_but
 from fathom.train.progress import Reporter
 from fathom.train.schedule import lr_factor, rows_at
 from fathom.train.stop import StopSignals
@@ -164,6 +165,7 @@ class Trainer:
         dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
         self.model = build(cfg.model, layout, seed=cfg.train.seed, device=device, dtype=dtype)
         self.model.checkpoint_blocks = cfg.train.activation_checkpointing
+        freeze_all_but(self.model, cfg.train.only)
         optimizer = Optimizer(self.model, cfg.train, layout)
         self.parts = checkpoint.Parts(self.model, optimizer, place=places(self.model, layout))
         self.rows = cfg.train.micro_batch_size or rows_at(cfg, 0)
@@ -208,7 +210,8 @@ class Trainer:
         grad_norm = clip_gradients(self.model, cfg.grad_clip, self.layout)
         skip = 1 - torch.isfinite(sums.losses["total_loss"] + grad_norm).float()
         self.parts.optimizer.step(lr, skip)
-        self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
+        if not cfg.only:
+            self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
         self.model.zero_grad(set_to_none=True)
         bits = n_targets / (math.log(2) * max(n_bytes, 1))
         self.record(bits, lr, sums, {"grad_norm": grad_norm, "skipped": skip})
@@ -325,12 +328,13 @@ class Trainer:
     def look_around(self, *, saving: bool) -> None:
         """Evaluate, write a sample and save, each if it is due. Their time is nobody's speed."""
         cfg = self.cfg.train
-        if self.due(cfg.eval_every):
-            self.evaluate()
-        if self.sample is not None and self.due(cfg.sample_every):
-            with in_step(self.model, self.layout):
-                text = self.sample(self.model, self.dataset.tokenizer)
-            self.reporter.sample(self.progress.step, text)
+        with uncompiled(self.model):
+            if self.due(cfg.eval_every):
+                self.evaluate()
+            if self.sample is not None and self.due(cfg.sample_every):
+                with in_step(self.model, self.layout):
+                    text = self.sample(self.model, self.dataset.tokenizer)
+                self.reporter.sample(self.progress.step, text)
         if saving or self.due(cfg.save_every):
             self.save()
         self.clock = time.perf_counter()

@@ -37,6 +37,7 @@ class Sums:
         self.micro_batches += 1
         values = {"total_loss": losses.total, "loss": losses.main}
         values |= {"mtp_loss": losses.mtp, "balance_loss": losses.balance}
+        values |= {"index_loss": losses.index}
         counts = [routing.tokens_per_expert for routing in losses.routing]
         entropies = [routing.entropy for routing in losses.routing]
         if self.micro_batches == 1:

@@ -8,9 +8,10 @@ update is equally long. Stacked experts ``[E, m, n]`` are E matrices.
 finite) and else 0: the host need not wait to know which.
 """
 
+import fnmatch
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.optim.adamw import adamw
 
 from fathom.parallel import ALONE, Layout, step
 from fathom.parallel.mesh import local
+from fathom.settings import ConfigError
 from fathom.train.config import TrainConfig
 
 NS_STEPS = 5
@@ -199,6 +201,23 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, by name: the live tensors, not copies."""
         return {name: tensor for part in self.parts for name, tensor in part.state.items()}
+
+
+def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train only the parameters whose names match one of ``patterns``; none given: all.
+
+    Raises:
+        ConfigError: a pattern that no parameter matches.
+    """
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"train.only: no parameter is called like {pattern!r}; "
+                f"their names are like {next(reversed(names))!r}"
+            )
+    for name, parameter in names.items() if patterns else ():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, p) for p in patterns))
 
 
 def clip_gradients(model: nn.Module, highest: float, layout: Layout = ALONE) -> Tensor:
