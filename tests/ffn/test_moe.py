@@ -294,10 +294,14 @@ class Backwards:
         self.inner = inner
 
     def dispatch(self, x_ND, expert_ids_NK):
-        return self.inner.dispatch(x_ND.flip(0), expert_ids_NK.flip(0))
+        return Backwards(self.inner.dispatch(x_ND.flip(0), expert_ids_NK.flip(0)))
 
-    def combine(self, rows_PD, gates_NK, sent):
-        return self.inner.combine(rows_PD, gates_NK.flip(0), sent).flip(0)
+    @property
+    def tokens_per_expert(self):
+        return self.inner.tokens_per_expert
+
+    def through(self, experts, gates_NK):
+        return self.inner.through(experts, gates_NK.flip(0)).flip(0)
 
 
 def test_the_dispatcher_of_a_built_layer_can_be_replaced(build, inputs, step):

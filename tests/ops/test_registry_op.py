@@ -11,13 +11,12 @@ from fathom.ops.registry import autocast, choose
 
 def test_every_op_is_in_the_table_with_what_runs_where():
     rows = {row.op: row for row in table()}
-    plain = {"attention", "cross_entropy", "grouped_mm", "norm", "permute", "rope"}
-    sparse = {"block_attention", "range_attention"}
-    selections = {"select_by_mean", "select_by_importance"}
-    assert set(rows) == plain | sparse | selections
-    assert all(rows[op].cpu == rows[op].cuda == "torch" for op in plain | sparse)
-    assert all(rows[op].cpu == rows[op].cuda == "reference" for op in selections)
-    assert all("no Triton kernel of this op yet" in row.why_not for row in rows.values())
+    assert set(rows) == set(OPS)
+    assert "triton" not in {row.cpu for row in rows.values()}
+    for row in rows.values():  # bf16 on CUDA, without a tensor: a kernel runs, or it says why not
+        assert (row.cuda == "triton") == (row.why_not == "")
+    written = {name for name, row in rows.items() if "no Triton kernel" not in row.why_not}
+    assert written >= {"experts", "permute", "router"}
 
 
 def test_the_table_answers_for_a_dtype():

@@ -3,7 +3,7 @@
 Another dispatcher (``parallel/ep.py``) has the same methods: an MoE's ``dispatcher`` can be
 replaced once it is built. No token is ever dropped, whatever the load.
 
-Shapes: N tokens, D model dim, E experts, K chosen per token, P = N K rows sorted by expert.
+Shapes: N tokens, D model dim, E experts, K chosen per token.
 """
 
 from dataclasses import dataclass
@@ -11,60 +11,51 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows at their experts, and the way back.
-
-    Args:
-        rows_PD: a copy of its token for each choice, sorted by expert, then by token.
-        ends_E: end of each expert's rows.
-        tokens_per_expert: int64 ``[E]``, of the tokens that left here.
-        permutation: which row is whose.
-    """
-
-    rows_PD: Tensor
-    ends_E: Tensor
-    tokens_per_expert: Tensor
-    permutation: Permutation
-
-    def arrived(self) -> "Dispatched":
-        """Rows that never left are there."""
-        return self
+from fathom.ffn.experts import Experts
+from fathom.ops.permute import Permutation, sort_by_expert
 
 
 class Sending(Protocol):
-    """Rows on their way to experts, perhaps on another rank."""
+    """Tokens on their way to experts, perhaps on another rank."""
 
-    def arrived(self) -> Dispatched:
-        """The rows for the experts that are here, once they have come."""
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """int64 ``[E]``, of the tokens that left here."""
+        ...
+
+    def through(self, experts: Experts, gates_NK: Tensor) -> Tensor:
+        """Once they are there, through the experts and back, weighted by the gates: ``[N, D]``."""
         ...
 
 
 class Dispatcher(Protocol):
-    """How an MoE sends tokens to experts and gets their answers back."""
+    """How an MoE sends tokens to experts."""
 
     def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor) -> Sending:
-        """Send a row for every (token, choice) pair, sorted by expert."""
+        """Send each token to its K experts."""
         ...
 
-    def combine(self, rows_PD: Tensor, gates_NK: Tensor, sent: Dispatched) -> Tensor:
-        """``[N, D]``: each token's rows, weighted by its gates and summed."""
-        ...
+
+@dataclass(frozen=True)
+class Here:
+    """Tokens whose experts are all here: they never leave, and one op does all the work."""
+
+    x_ND: Tensor
+    permutation: Permutation
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        return self.permutation.counts
+
+    def through(self, experts: Experts, gates_NK: Tensor) -> Tensor:
+        return experts.routed(self.x_ND, gates_NK, self.permutation)
 
 
 class LocalDispatcher:
-    """All experts are here: sort, gather, and a gather-sum back."""
+    """All experts are here."""
 
     def __init__(self, n_experts: int) -> None:
         self.n_experts = n_experts
 
-    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor) -> Dispatched:
-        permutation = sort_by_expert(expert_ids_NK, self.n_experts)
-        rows_PD = gather(x_ND, permutation, expert_ids_NK.shape[1])
-        return Dispatched(rows_PD, permutation.ends, permutation.counts, permutation)
-
-    def combine(self, rows_PD: Tensor, gates_NK: Tensor, sent: Dispatched) -> Tensor:
-        return combine(rows_PD, gates_NK, sent.permutation)
+    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor) -> Here:
+        return Here(x_ND, sort_by_expert(expert_ids_NK, self.n_experts))

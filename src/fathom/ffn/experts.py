@@ -1,15 +1,20 @@
 """The routed experts: all weights stacked, two grouped products over tokens sorted by expert.
 
-Gate and up are one tensor (gate rows first), so that the sorted tokens are read once.
+Where all experts are at hand, ``routed`` does the whole layer in one op; where tokens have to
+travel first, ``forward`` does the experts' part on the rows that came. Gate and up are one tensor
+(gate rows first), so that the sorted tokens are read once.
 
-Shapes: P (token, choice) pairs sorted by expert, D model dim, E experts, I one expert's inner dim.
+Shapes: N tokens, K experts per token, P (token, choice) pairs sorted by expert, D model dim,
+E experts, I one expert's inner dim.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from fathom.ops.experts import experts
 from fathom.ops.grouped_mm import grouped_mm
+from fathom.ops.permute import Permutation
 
 
 class Experts(nn.Module):
@@ -24,3 +29,7 @@ class Experts(nn.Module):
         """Expert e works on rows ``ends[e-1]`` to ``ends[e]``; rows and result ``[P, D]``."""
         gate_PI, up_PI = grouped_mm(rows_PD, self.w_gate_up.mT, ends_E).chunk(2, dim=-1)
         return grouped_mm(silu(gate_PI) * up_PI, self.w_down.mT, ends_E)
+
+    def routed(self, x_ND: Tensor, gates_NK: Tensor, permutation: Permutation) -> Tensor:
+        """Each token through its K experts, weighted by its gates and summed: ``[N, D]``."""
+        return experts(x_ND, self.w_gate_up, self.w_down, gates_NK, permutation)

@@ -100,14 +100,12 @@ class MoE(FFN):
         sending = self.dispatcher.dispatch(x_ND, choice.expert_ids_NK)
         shared_ND = None if self.shared is None else self.shared.mlp(x_ND)  # while rows travel
         balance_loss = self.balance_loss(choice, x_BTD.shape[0])
-        sent = sending.arrived()
-        rows_PD = self.experts(sent.rows_PD, sent.ends_E)
-        y_ND = self.dispatcher.combine(rows_PD, choice.gates_NK, sent)
+        y_ND = sending.through(self.experts, choice.gates_NK)
         if shared_ND is not None:
             y_ND = y_ND + shared_ND
         routing = Routing(
             balance_loss=balance_loss,
-            tokens_per_expert=sent.tokens_per_expert,
+            tokens_per_expert=sending.tokens_per_expert,
             entropy=score_entropy(choice.scores_NE),
         )
         return y_ND.view_as(x_BTD), routing

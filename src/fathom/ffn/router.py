@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
 from fathom.layers.base import Config, require, require_positive
-from fathom.ops.top_ids import top_ids
+from fathom.ops.router import best_experts
 
 MAX_EXPERTS = 4096  # a small file must not ask for a huge model
 
@@ -166,29 +166,17 @@ def route(logits_NE: Tensor, expert_bias_E: Tensor | None, cfg: RouterConfig) ->
     choice_NE = scores_NE.detach()
     if expert_bias_E is not None:
         choice_NE = choice_NE + expert_bias_E
-    if cfg.n_limited_groups < cfg.n_expert_groups:
-        choice_NE = limit_groups(choice_NE, cfg)
-    expert_ids_NK = top_ids(choice_NE, cfg.top_k)
+    expert_ids_NK = best_experts(
+        choice_NE,
+        cfg.top_k,
+        n_groups=cfg.n_expert_groups,
+        n_kept=cfg.n_limited_groups,
+        top_two=cfg.group_score == "top2",
+    )
     gates_NK = scores_NE.gather(-1, expert_ids_NK)
     if cfg.norm_topk_prob:
         gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
     return Choice(expert_ids_NK, gates_NK * cfg.route_scale, scores_NE, logits_NE)
-
-
-def limit_groups(choice_NE: Tensor, cfg: RouterConfig) -> Tensor:
-    """``-inf`` for all experts outside a token's ``n_limited_groups`` best groups.
-
-    V2's code fills with 0 instead. That gives the same layer as long as nothing is negative; with
-    a bias it would let a token leave its groups.
-    """
-    grouped_NGS = choice_NE.unflatten(-1, (cfg.n_expert_groups, -1))
-    if cfg.group_score == "max":
-        best_NG = grouped_NGS.amax(-1)
-    else:
-        best_NG = grouped_NGS.topk(2, dim=-1).values.sum(-1)
-    kept_NL = top_ids(best_NG, cfg.n_limited_groups)
-    barred_NG = torch.ones_like(best_NG, dtype=torch.bool).scatter(-1, kept_NL, False)
-    return grouped_NGS.masked_fill(barred_NG[..., None], -torch.inf).flatten(-2)
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

@@ -10,13 +10,15 @@ import torch
 from fathom.ops.attention import ATTENTION, attention
 from fathom.ops.block_attention import BLOCK_ATTENTION, block_attention
 from fathom.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
+from fathom.ops.experts import EXPERTS, experts
 from fathom.ops.grouped_mm import GROUPED_MM, grouped_mm
 from fathom.ops.indexer import INDEX_TOPK, index_loss, index_topk
 from fathom.ops.norm import rms_norm
-from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
+from fathom.ops.permute import PERMUTE, Permutation, combine, gather, sort_by_expert
 from fathom.ops.range_attention import RANGE_ATTENTION, range_attention
 from fathom.ops.registry import Impl, Implementations, choose, no_kernel, takes_all
 from fathom.ops.rope import rotate
+from fathom.ops.router import ROUTER, best_experts
 from fathom.ops.selection import (
     SELECT_BY_IMPORTANCE,
     SELECT_BY_MEAN,
@@ -30,9 +32,11 @@ __all__ = [
     "OpRow",
     "Permutation",
     "attention",
+    "best_experts",
     "block_attention",
     "choose",
     "combine",
+    "experts",
     "gather",
     "grouped_mm",
     "index_loss",
@@ -58,12 +62,14 @@ OPS = {
     "attention": ATTENTION,
     "block_attention": BLOCK_ATTENTION,
     "cross_entropy": _plain("cross_entropy"),
+    "experts": EXPERTS,
     "grouped_mm": GROUPED_MM,
     "index_topk": INDEX_TOPK,
     "norm": _plain("norm"),
-    "permute": _plain("permute"),
+    "permute": PERMUTE,
     "range_attention": RANGE_ATTENTION,
     "rope": _plain("rope"),
+    "router": ROUTER,
     "select_by_importance": SELECT_BY_IMPORTANCE,
     "select_by_mean": SELECT_BY_MEAN,
 }

@@ -81,11 +81,8 @@ def grouped_outer_reference(x_ND: Tensor, y_NF: Tensor, ends_E: Tensor) -> Tenso
     flops=lambda x, y, *_: 2 * x[0] * x[1] * y[1],
 )
 def _grouped_outer(x_ND: Tensor, y_NF: Tensor, ends_E: Tensor, impl: str) -> Tensor:
-    if not x_ND.shape[0]:
-        return x_ND.new_zeros(ends_E.shape[0], x_ND.shape[1], y_NF.shape[1])
-    if impl == "reference":
-        return grouped_outer_reference(x_ND, y_NF, ends_E)
-    return torch_grouped_mm(aligned(x_ND).T, aligned(y_NF), offs=ends_E)
+    run = grouped_outer_reference if impl == "reference" else torch_outer
+    return run(x_ND, y_NF, ends_E)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -113,12 +110,23 @@ def _backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
     backward=_backward,
 )
 def _grouped_mm(x_ND: Tensor, w_EDF: Tensor, ends_E: Tensor, impl: str) -> Tensor:
+    run = grouped_mm_reference if impl == "reference" else torch_product
+    return run(x_ND, w_EDF, ends_E)
+
+
+def torch_product(x_ND: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """The product by ``F.grouped_mm``."""
     if not x_ND.shape[0]:
         return x_ND.new_zeros(0, w_EDF.shape[2])
-    if impl == "reference":
-        return grouped_mm_reference(x_ND, w_EDF, ends_E)
     w_EDF = aligned(w_EDF.mT).mT if w_EDF.stride(1) == 1 else aligned(w_EDF)
     return torch_grouped_mm(aligned(x_ND), w_EDF, offs=ends_E)
+
+
+def torch_outer(x_ND: Tensor, y_NF: Tensor, ends_E: Tensor) -> Tensor:
+    """The gradient of a weight by ``F.grouped_mm``."""
+    if not x_ND.shape[0]:
+        return x_ND.new_zeros(ends_E.shape[0], x_ND.shape[1], y_NF.shape[1])
+    return torch_grouped_mm(aligned(x_ND).T, aligned(y_NF), offs=ends_E)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fathom.ops.registry import wide
+from fathom.ops.registry import Impl, Implementations, choose, needs_triton, op, takes_all, wide
+
+PERMUTE = Implementations(op="permute", refusals={"triton": needs_triton, "torch": takes_all})
 
 
 class Permutation(NamedTuple):
@@ -24,21 +26,41 @@ class Permutation(NamedTuple):
     counts: Tensor  # [E] int64: rows of each expert
 
 
-def sort_by_expert(expert_ids_NK: Tensor, n_experts: int) -> Permutation:
+def sort_by_expert(expert_ids_NK: Tensor, n_experts: int, *, impl: Impl = "auto") -> Permutation:
     """Sort the pairs by expert, stably and without a host synchronisation.
 
     Args:
         expert_ids_NK: integers from 0 to ``n_experts - 1``.
         n_experts: E, at most 32767.
+        impl: ``triton`` is a counting sort, ``torch`` a radix sort.
     """
+    flat_P = expert_ids_NK.flatten()
+    if choose(PERMUTE, impl, flat_P) == "triton":
+        return Permutation(*_counting_sort(flat_P, n_experts))
+    return _radix_sort(flat_P, n_experts)
+
+
+def _radix_sort(ids_P: Tensor, n_experts: int) -> Permutation:
     narrow = torch.uint8 if n_experts <= 256 else torch.int16  # a radix sort passes over every byte
-    experts, order = expert_ids_NK.flatten().to(narrow).sort(stable=True)
+    experts, order = ids_P.to(narrow).sort(stable=True)
     rows = torch.arange(order.shape[0], device=order.device)
     inverse = torch.empty_like(order).scatter_(0, order, rows)
     each = torch.arange(n_experts, device=order.device, dtype=narrow)
     ends = torch.searchsorted(experts, each, right=True)
     counts = ends.diff(prepend=ends.new_zeros(1))
     return Permutation(order, inverse, ends.to(torch.int32), counts)
+
+
+def _fake_sort(ids_P: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs, experts = (ids_P.new_empty(n, dtype=torch.int64) for n in (len(ids_P), n_experts))
+    return pairs, torch.empty_like(pairs), experts.to(torch.int32), experts
+
+
+@op("sort_by_expert", fake=_fake_sort, flops=lambda *_: 0)
+def _counting_sort(ids_P: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fathom.ops.triton.permute import sort_by_expert as kernel
+
+    return kernel(ids_P, n_experts)
 
 
 def gather(x_ND: Tensor, permutation: Permutation, top_k: int) -> Tensor:
@@ -52,6 +74,11 @@ def combine(y_PD: Tensor, gates_NK: Tensor, permutation: Permutation) -> Tensor:
     Products and sums are in float32 (float64 for float64), rounded once.
     """
     return _Combine.apply(y_PD, gates_NK, permutation.order, permutation.inverse)
+
+
+def gather_rows(x_ND: Tensor, order_P: Tensor, inverse_P: Tensor, top_k: int) -> Tensor:
+    """:func:`gather` without a gradient; a kernel may want the way back instead of the order."""
+    return x_ND.index_select(0, order_P // top_k)
 
 
 def gather_sum(y_PD: Tensor, rows_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ An op is a contract with several implementations: ``reference`` (plain PyTorch, 
 that can run; a forced one is honoured or refused with a sentence, never swapped for another.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar, cast
@@ -23,6 +24,8 @@ Refusal = Callable[..., str]
 Called without tensors it answers for a device and a dtype alone.
 """
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def takes_all(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     """The refusal of an implementation that runs everywhere."""
@@ -32,6 +35,13 @@ def takes_all(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
 def no_kernel(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     """The refusal of a kernel that is not written."""
     return "it needs a kernel, and there is no Triton kernel of this op yet"
+
+
+def needs_triton(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """The refusal of a kernel that takes all that is on a GPU."""
+    if device != "cuda":
+        return f"it needs CUDA tensors, got {device}"
+    return "" if HAS_TRITON else "it needs Triton, which is not installed"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,13 @@ R ranks, E experts, L = E / R of them here.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fathom.ffn.dispatch import Dispatched
+from fathom.ffn.experts import Experts
 from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
 
 TILE = 128  # channels that share an FP8 scale, as in DeepSeek-V3, section 3.3.2
@@ -42,10 +41,19 @@ class Route(NamedTuple):
     fp8: bool
 
 
-@dataclass(frozen=True)
-class Arrived(Dispatched):
-    """Rows that came from all ranks, for the experts here."""
+class Arrived(NamedTuple):
+    """Rows that came from all ranks, for the experts here, and the way back.
 
+    Args:
+        rows_QD: sorted by expert.
+        ends_L: end of each expert's rows.
+        permutation: which of the rows that left here is whose.
+        route: who sent them.
+    """
+
+    rows_QD: Tensor
+    ends_L: Tensor
+    permutation: Permutation
     route: Route
 
 
@@ -69,9 +77,8 @@ class ExpertParallel:
             self.lane.mark()
         return Travelling(self, rows_PD, permutation, received_RL, on_host)
 
-    def combine(self, rows_PD: Tensor, gates_NK: Tensor, sent: Dispatched) -> Tensor:
+    def combine(self, rows_PD: Tensor, gates_NK: Tensor, sent: Arrived) -> Tensor:
         """Send the answers back, and sum each token's by its gates."""
-        assert isinstance(sent, Arrived)
         return combine(_FromExperts.apply(rows_PD, sent.route), gates_NK, sent.permutation)
 
 
@@ -84,6 +91,17 @@ class Travelling(NamedTuple):
     received_RL: Tensor
     on_host: Tensor
 
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """int64 ``[E]``, of the tokens that left here."""
+        return self.permutation.counts
+
+    def through(self, experts: Experts, gates_NK: Tensor) -> Tensor:
+        """The experts' answers to all that came, back and summed by the gates: ``[N, D]``."""
+        sent = self.arrived()
+        rows_QD = experts(sent.rows_QD, sent.ends_L)
+        return self.by.combine(rows_QD, gates_NK, sent)
+
     def arrived(self) -> Arrived:
         """Send the rows and take in those for the experts here, sorted by expert."""
         lane = self.by.lane
@@ -94,7 +112,7 @@ class Travelling(NamedTuple):
             route = Route(sent, received, arrival, self.by.group, self.by.fp8)
             rows_QD = _ToExperts.apply(self.rows_PD, route)
         lane.join(rows_QD, *arrival)
-        return Arrived(rows_QD, arrival.ends, self.permutation.counts, self.permutation, route)
+        return Arrived(rows_QD, arrival.ends, self.permutation, route)
 
 
 def order_of_arrival(received_RL: Tensor, n_rows: int) -> Permutation:

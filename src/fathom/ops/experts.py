@@ -1,0 +1,197 @@
+"""The routed experts as one op: to expert order, two grouped products with a SwiGLU between, back.
+
+Forward and backward are written once, as passes over memory; ``triton`` does each pass between the
+products in one kernel, ``torch`` in PyTorch's. Only the tokens, the pre-activation and the routing
+are kept for the backward: gathered rows are gathered again, the activation comes out of the same
+pass as its gradient (after SonicMoE, arXiv:2512.14080). No atomics, and no word from the device.
+
+Shapes: N tokens, K experts per token, P = N * K rows sorted by expert, D model dim, E experts,
+I one expert's inner dim.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from fathom.ops import permute as torch_permute
+from fathom.ops import swiglu as torch_swiglu
+from fathom.ops.grouped_mm import grouped_mm, torch_outer, torch_product, torch_refusal
+from fathom.ops.permute import Permutation, combine, gather
+from fathom.ops.registry import (
+    Impl,
+    Implementations,
+    autocast,
+    choose,
+    needs_triton,
+    op,
+    takes_all,
+)
+
+
+def triton_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What the kernels need: CUDA, and products that ``F.grouped_mm`` takes."""
+    return needs_triton(device, dtype) or refusal(device, dtype, *tensors)
+
+
+def refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What ``F.grouped_mm`` needs of both weights."""
+    reasons = [torch_refusal(device, dtype, tensors[0], w) for w in tensors[1:3]]
+    return next(filter(None, reasons or [torch_refusal(device, dtype)]), "")
+
+
+EXPERTS = Implementations(
+    op="experts",
+    refusals={"triton": triton_refusal, "torch": refusal, "reference": takes_all},
+)
+
+
+def experts(
+    x_ND: Tensor,
+    w_gate_up_EGD: Tensor,
+    w_down_EDI: Tensor,
+    gates_NK: Tensor,
+    permutation: Permutation,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``y[n] = sum_k gates[n, k] * W_down(silu(W_gate x[n]) * W_up x[n])`` of its k-th expert.
+
+    Args:
+        x_ND: the tokens.
+        w_gate_up_EGD: ``[E, 2I, D]``, gate rows first.
+        w_down_EDI: ``[E, D, I]``.
+        gates_NK: weights of the choices, float32 (float64 for float64).
+        permutation: of the choices, by :func:`sort_by_expert`.
+        impl: which implementation.
+
+    Returns:
+        ``[N, D]`` in x's dtype. Products accumulate in float32 (float64 for float64), as do the
+        passes between them.
+    """
+    x_ND, w_gate_up_EGD, w_down_EDI = autocast(x_ND, w_gate_up_EGD, w_down_EDI)
+    chosen = choose(EXPERTS, impl, x_ND, w_gate_up_EGD, w_down_EDI)
+    if chosen == "reference":
+        return experts_reference(x_ND, w_gate_up_EGD, w_down_EDI, gates_NK, permutation)
+    order_P, inverse_P, ends_E, _ = permutation
+    return _experts(x_ND, w_gate_up_EGD, w_down_EDI, gates_NK, order_P, inverse_P, ends_E, chosen)[
+        0
+    ]
+
+
+def experts_reference(
+    x_ND: Tensor,
+    w_gate_up_EGD: Tensor,
+    w_down_EDI: Tensor,
+    gates_NK: Tensor,
+    permutation: Permutation,
+) -> Tensor:
+    """The definition, of differentiable parts: on any device and dtype."""
+    rows_PD = gather(x_ND, permutation, gates_NK.shape[1])
+    h_P2I = grouped_mm(rows_PD, w_gate_up_EGD.mT, permutation.ends, impl="reference")
+    gate_PI, up_PI = h_P2I.chunk(2, dim=-1)
+    y_PD = grouped_mm(silu(gate_PI) * up_PI, w_down_EDI.mT, permutation.ends, impl="reference")
+    return combine(y_PD, gates_NK, permutation)
+
+
+def _passes(impl: str) -> tuple[ModuleType, ModuleType]:
+    """Modules with ``gather_rows`` and ``gather_sum``, and with ``swiglu`` both ways."""
+    if impl == "torch":
+        return torch_permute, torch_swiglu
+    from fathom.ops.triton import permute, swiglu
+
+    return permute, swiglu
+
+
+def _flops(products: int) -> Any:
+    """Of the experts' forward (1) or backward (2), which gets one argument more, first."""
+
+    def count(*shapes: Sequence[int]) -> int:
+        w_down, gates = shapes[products + 1], shapes[products + 2]
+        return products * 6 * gates[0] * gates[1] * w_down[1] * w_down[2]
+
+    return count
+
+
+def _fake(
+    x_ND: Tensor, w_gate_up_EGD: Tensor, w_down_EDI: Tensor, gates_NK: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(gates_NK.numel(), w_gate_up_EGD.shape[1])
+
+
+def _fake_backward(
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    w_gate_up_EGD: Tensor,
+    w_down_EDI: Tensor,
+    gates_NK: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = (x_ND, w_gate_up_EGD, w_down_EDI, gates_NK)
+    dx, dgate_up, ddown, dgates = (t.new_empty(t.shape) for t in wanted)
+    return dx, dgate_up, ddown, dgates
+
+
+@op("experts_backward", fake=_fake_backward, flops=_flops(2))
+def _experts_backward(
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    w_gate_up_EGD: Tensor,
+    w_down_EDI: Tensor,
+    gates_NK: Tensor,
+    order_P: Tensor,
+    inverse_P: Tensor,
+    ends_E: Tensor,
+    h_P2I: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, inner = _passes(impl)
+    top_k = gates_NK.shape[1]
+    dy_PD = rows.gather_rows(grad_ND, order_P, inverse_P, top_k)
+    da_PI = torch_product(dy_PD, w_down_EDI, ends_E)
+    dh_P2I, dgates_P, a_PI = inner.swiglu_backward(h_P2I, gates_NK.flatten(), order_P, da_PI)
+    del da_PI
+    dw_down_EDI = torch_outer(dy_PD, a_PI, ends_E)
+    del dy_PD, a_PI
+    x_PD = rows.gather_rows(x_ND, order_P, inverse_P, top_k)
+    dw_gate_up_EGD = torch_outer(dh_P2I, x_PD, ends_E)
+    del x_PD
+    dx_PD = torch_product(dh_P2I, w_gate_up_EGD, ends_E)
+    del dh_P2I
+    dx_ND = rows.gather_sum(dx_PD, inverse_P.view(gates_NK.shape))
+    return dx_ND, dw_gate_up_EGD, dw_down_EDI, dgates_P.view(gates_NK.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    arguments: tuple[Any, ...] = (grad_ND, *ctx.saved_tensors, ctx.impl)
+    return *_experts_backward(*arguments), None, None, None, None
+
+
+@op("experts", fake=_fake, flops=_flops(1), setup=_setup, backward=_backward)
+def _experts(
+    x_ND: Tensor,
+    w_gate_up_EGD: Tensor,
+    w_down_EDI: Tensor,
+    gates_NK: Tensor,
+    order_P: Tensor,
+    inverse_P: Tensor,
+    ends_E: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    rows, inner = _passes(impl)
+    x_PD = rows.gather_rows(x_ND, order_P, inverse_P, gates_NK.shape[1])
+    h_P2I = torch_product(x_PD, w_gate_up_EGD.mT, ends_E)
+    del x_PD
+    a_PI = inner.swiglu(h_P2I, gates_NK.flatten(), order_P)
+    y_PD = torch_product(a_PI, w_down_EDI.mT, ends_E)
+    del a_PI
+    return rows.gather_sum(y_PD, inverse_P.view(gates_NK.shape)), h_P2I
