@@ -34,7 +34,7 @@ log_every = 1
 VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "ladder": "--out --dry-run --list --only --add-seeds --jobs --set --import",
     "report": "",
-    "train": "--out --size --deterministic --set --import",
+    "train": "--out --size --deterministic --strict --allow-change --set --import",
     "compare": "--margin --format --import",
     "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --min-p "
     "--repetition-penalty --presence-penalty --frequency-penalty --seed --stop --top-logprobs "

@@ -11,6 +11,7 @@ from fathom.data.dataset import Dataset
 from fathom.data.shards import atomic_folder, finish_folder, write_split
 from fathom.data.tokenizer import Tokenizer
 from fathom.train.config import RunConfig, read_run_config
+from fathom.train.loop import TrainResult, train
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -100,3 +101,15 @@ def make_config(dataset: Dataset) -> MakeConfig:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
+
+
+@pytest.fixture
+def fit(dataset: Dataset, run_dir: Path) -> Callable[..., TrainResult]:
+    """Train in ``run_dir``; ``at`` names another folder, ``stop_at`` a step to stop after."""
+
+    def run(cfg: RunConfig, at: Path = run_dir, stop_at: int | None = None, **more) -> TrainResult:
+        calls = iter(range(1, 10**6))
+        stop = (lambda: next(calls) == stop_at) if stop_at else (lambda: False)
+        return train(cfg, at, dataset=dataset, **{"should_stop": stop, **more})
+
+    return run

@@ -3,9 +3,6 @@
 import json
 import math
 import signal
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,50 +12,17 @@ from fathom.convert.run_folder import CheckpointError, committed, load_model
 from fathom.model import build_model
 from fathom.settings import ConfigError
 from fathom.train import loop
-from fathom.train.config import RunConfig, read_run_config
+from fathom.train.config import read_run_config
 from fathom.train.device import compile_blocks, uncompiled
 from fathom.train.evaluate import evaluate
-from fathom.train.loop import Trainer, TrainResult, train
+from fathom.train.loop import train
 from fathom.train.metrics import Record, read_lines
 from fathom.train.progress import Reporter
 from fathom.train.stop import StopSignals
+from runs import Notices, files, records
 
 NAMES = {"step", "tokens", "loss", "bpb", "lr", "grad_norm", "tokens_per_second", "memory_bytes"}
 OF_TORCH_COMPILE = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-TIMINGS = {"tokens_per_second", "memory_bytes"}
-
-
-class Notices(Reporter):
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def notice(self, sentence: str) -> None:
-        self.heard.append(sentence)
-
-    def sample(self, step: int, text: str) -> None:
-        self.heard.append(f"{step}: {text}")
-
-
-@pytest.fixture
-def fit(dataset, run_dir) -> Callable[..., TrainResult]:
-    """Train in ``run_dir``; ``at`` names another folder, ``stop_at`` a step to stop after."""
-
-    def run(cfg: RunConfig, at: Path = run_dir, stop_at: int | None = None, **more) -> TrainResult:
-        calls = iter(range(1, 10**6))
-        stop = (lambda: next(calls) == stop_at) if stop_at else (lambda: False)
-        return train(cfg, at, dataset=dataset, **{"should_stop": stop, **more})
-
-    return run
-
-
-def records(run: Path) -> list[Record]:
-    """The lines of ``metrics.jsonl``, timings apart."""
-    lines = read_lines(run / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-
-def files(checkpoint: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
 
 # --- Learning ---
@@ -298,12 +262,35 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(make_config, fit, run_
     assert records(run_dir) == records(tmp_path / "whole")
 
 
+def test_a_strict_run_refuses_a_damaged_newest_checkpoint(make_config, fit, run_dir):
+    cfg = make_config("train.save_every=2")
+    fit(cfg, stop_at=5)
+    (committed(run_dir)[-1] / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"step-00000005 is damaged.*; without --strict"):
+        fit(cfg, strict=True)
+    assert fit(cfg).reason == "done"
+
+
+def test_a_change_of_recipe_with_consent_is_told_and_kept(make_config, fit, run_dir):
+    fit(make_config(), stop_at=3)
+    notices = Notices()
+    fit(make_config("train.lr=1e-4"), reporter=notices, allow_change=["train.lr"])
+    assert notices.heard == ["going on with a change: train.lr was 0.01 and is 0.0001"]
+    assert records(run_dir)[-1]["lr"] < 1e-4
+    assert read_run_config(run_dir / "config.toml").train.lr == 1e-4
+
+
 def test_with_every_checkpoint_damaged_nothing_is_begun_anew(make_config, fit, run_dir):
     fit(make_config())
     for folder in committed(run_dir):
         (folder / "MANIFEST.json").write_text("{")
     with pytest.raises(CheckpointError, match="no checkpoint of"):
         fit(make_config())
+
+
+def test_checkpoints_of_every_so_many_steps_stay_for_ever(make_config, fit, run_dir):
+    fit(make_config("train.save_every=1", "train.keep_every=2"))
+    assert [path.name[-1] for path in committed(run_dir)] == ["2", "4", "5", "6"]
 
 
 def test_only_the_newest_checkpoints_stay(make_config, fit, run_dir):
@@ -331,10 +318,11 @@ def test_a_torn_last_line_of_the_metrics_is_mended(make_config, fit, run_dir):
     assert [record["step"] for record in records(run_dir)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_signal_stops_after_the_step_and_a_second_interrupt_at_once():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_a_second_interrupt_at_once(number):
     with StopSignals() as stop:
         assert not stop()
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         assert stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -352,60 +340,7 @@ def test_sigterm_during_training_saves(make_config, dataset, run_dir):
     assert [path.name for path in committed(run_dir)] == [f"step-{result.step:08d}"]
 
 
-# --- Guards ---
-
-
-@pytest.fixture
-def poison(monkeypatch) -> Callable[..., None]:
-    """Make the loss, or one gradient, of some steps (from 0) not finite."""
-
-    def install(*steps: int, gradient: bool = False) -> None:
-        losses = Trainer.losses
-
-        def poisoned(self, batch, **more):
-            result = losses(self, batch, **more)
-            if self.progress.step in steps and not gradient:
-                return replace(result, total=result.total * float("nan"))
-            if self.progress.step in steps:
-                weight = self.model.norm.weight
-                handle = weight.register_hook(lambda grad: handle.remove() or grad * float("inf"))
-            return result
-
-        monkeypatch.setattr(Trainer, "losses", poisoned)
-
-    return install
-
-
-@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
-    make_config, fit, run_dir, poison, gradient
-):
-    poison(1, gradient=gradient)
-    fit(make_config("train.steps=2", "train.save_every=1"))
-    before, after = committed(run_dir)
-    changed = {name for name, content in files(before).items() if content != files(after)[name]}
-    assert changed == {"state.json", "MANIFEST.json"}  # no weight, bias or optimizer state
-    lines = records(run_dir)
-    assert lines[1]["skipped"] is True
-    assert "skipped" not in lines[0]
-    assert "NaN" not in (run_dir / "metrics.jsonl").read_text()
-    state = json.loads((after / "state.json").read_text())
-    assert (state["skipped"], state["skipped_in_all"]) == (1, 1)
-
-
-def test_three_such_steps_in_a_row_stop_the_run(make_config, fit, run_dir, poison):
-    poison(1, 3, 4, 5)
-    result = fit(make_config("train.steps=20", "train.save_every=2"))
-    assert (result.reason, result.exit_code) == ("guard", 4)
-    assert 6 <= result.step <= 7  # found out at most one step late
-    assert "train.lr" in result.message
-    assert str(committed(run_dir)[-1]) in result.message
-    assert all(tensor.isfinite().all() for tensor in load_model(run_dir)[0].state_dict().values())
-
-
-def test_two_such_steps_in_a_row_do_not(make_config, fit, poison):
-    poison(1, 2, 4, 5)
-    assert fit(make_config("train.steps=8")).reason == "done"
+# --- Compiling ---
 
 
 def test_what_cannot_be_compiled_is_said_and_left_alone(make_config, monkeypatch):
@@ -431,7 +366,7 @@ def test_what_cannot_be_compiled_is_said_and_left_alone(make_config, monkeypatch
 
 
 def test_evaluating_runs_the_blocks_as_they_were_written(make_config):
-    model = loop.build_model(make_config().model)
+    model = build_model(make_config().model)
     tokens = torch.zeros(1, 4, dtype=torch.int64)
 
     def compiled(*_: object) -> None:

@@ -125,6 +125,7 @@ def test_two_runs_are_the_same_if_only_free_keys_differ():
         **{"steps": 7, "micro_batch_size": 4, "device": "cpu", "save_every": 3, "keep": 5},
         **{"eval_every": 3, "eval_bytes": 9, "sample_every": 2, "log_every": 1, "compile": True},
         **{"activation_checkpointing": True, "deterministic": True, "log_load": True},
+        **{"repeat_every": 9, "hang_seconds": 60.0, "async_save": True, "keep_every": 100},
     }
     assert set(other) == set(FREE)
     changed = replace(cfg, train=replace(cfg.train, **other))

@@ -100,6 +100,13 @@ def train(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Refuse what may differ from run to run.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A damaged newest checkpoint is an error.")
+    ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="This key may differ from the run's; may be repeated."),
+    ] = None,
     settings: Settings = None,
     imports: Imports = None,
 ) -> None:
@@ -121,7 +128,14 @@ def train(
     source = {} if config is None else config / "config.toml" if folder else config
     cfg = read_run_config(source, keys)
     default = folder or Path("runs") / (config.stem if config else size or "train")
-    result = run(cfg, out or default, reporter=reporter(cfg.train.log_every), sample=_sample)
+    result = run(
+        cfg,
+        out or default,
+        reporter=reporter(cfg.train.log_every),
+        sample=_sample,
+        strict=strict,
+        allow_change=allow_change or (),
+    )
     _end(result.message, result.exit_code)
 
 

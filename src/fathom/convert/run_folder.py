@@ -154,11 +154,12 @@ def sweep(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints of a run."""
+def prune(run: Path, keep: int, every: int = 0) -> None:
+    """Remove all but the ``keep`` newest checkpoints of a run, and those of every so many steps."""
     assert keep >= 2
     for folder in committed(run)[:-keep]:
-        remove(folder)
+        if not every or step_of(folder) % every:
+            remove(folder)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -229,16 +230,19 @@ def committed(run: Path) -> list[Path]:
     return sorted((folder / name for name in names if COMMITTED.fullmatch(name)), key=step_of)
 
 
-def newest(run: Path, *, hashes: bool = True, warn: Callable[[str], None]) -> Path | None:
+def newest(
+    run: Path, *, hashes: bool = True, before: int | None = None, warn: Callable[[str], None]
+) -> Path | None:
     """The newest checkpoint of a run that is whole; None if the run has none yet.
 
     Args:
+        before: consider those of earlier steps only.
         warn: told of each damaged checkpoint that is passed over.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
     """
-    folders = committed(run)
+    folders = [f for f in committed(run) if before is None or step_of(f) < before]
     problem = ""
     for folder in reversed(folders):
         try:

@@ -15,7 +15,7 @@ from fathom.ladder.results import evaluation_interval, judge_pairs, paired, scor
 from fathom.ladder.task import read_object
 from fathom.ladder.work import RESULT, evaluate_run, evaluation_data
 from fathom.settings import ConfigError, Data, to_data
-from fathom.train.checkpoint import read_config
+from fathom.train.changes import read_config
 from fathom.train.config import RunConfig, identity
 
 MARGIN = 0.01

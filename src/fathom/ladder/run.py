@@ -37,7 +37,7 @@ from fathom.ladder.task import write_json
 from fathom.ladder.watch import Reporter
 from fathom.probes import PROBES
 from fathom.settings import ConfigError, Data, to_toml
-from fathom.train.checkpoint import locked
+from fathom.train.folder import locked
 from fathom.train.metrics import replace_text
 from fathom.train.progress import duration
 

@@ -1,4 +1,4 @@
-"""Saving and resuming everything that the next step depends on, and guarding the run folder.
+"""Saving and resuming everything that the next step depends on.
 
 ``convert/run_folder.py`` says how a checkpoint gets onto the disk; here is what is in it: weights,
 optimizer state, random state, the position in the data, and the counters of the guards. A run that
@@ -9,21 +9,18 @@ import base64
 import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fathom.convert.parts import Part
 from fathom.convert.ranks import Ranks
 from fathom.convert.run_folder import (
-    CHECKPOINTS,
     CONFIG,
     MODEL,
     OPTIMIZER,
@@ -31,7 +28,6 @@ from fathom.convert.run_folder import (
     CheckpointError,
     check_shapes,
     checkpoint_path,
-    committed,
     copy_tensors,
     find_checkpoint,
     new_checkpoint,
@@ -48,17 +44,14 @@ from fathom.convert.run_folder import (
 )
 from fathom.data.tokenizer import Tokenizer
 from fathom.model import Decoder
-from fathom.settings import ConfigError, Data, parse, read_toml, to_toml
+from fathom.settings import ConfigError, Data, to_toml
+from fathom.train.changes import check_same_run
 from fathom.train.config import RunConfig, identity
+from fathom.train.guards import SpikeGuard
 from fathom.train.optim import Optimizer
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: a second run is not noticed there
-    fcntl = None
-
 Place = Callable[[str, Tensor], Tensor | Part]
-OURS = (CONFIG, "env.json", "metrics.jsonl", "eval.jsonl", CHECKPOINTS)
+Tensors = dict[str, Tensor | Part]
 
 
 @dataclass
@@ -84,27 +77,62 @@ class Parts:
 
     model: Decoder
     optimizer: Optimizer
+    guard: SpikeGuard
     progress: Progress = field(default_factory=Progress)
     loader: dict[str, Any] = field(default_factory=dict)  # the loader's position
     place: Place | None = None  # of several ranks: where a tensor lies in its whole
 
-    def model_tensors(self) -> dict[str, Tensor | Part]:
+    def model_tensors(self) -> Tensors:
         """The live weights and buffers by name, each with its place."""
         return self._placed(self.model.state_dict())
 
-    def optimizer_tensors(self) -> dict[str, Tensor | Part]:
+    def optimizer_tensors(self) -> Tensors:
         """The live state of the optimizer, likewise."""
         return self._placed(self.optimizer.state())
 
-    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Part]:
+    def _placed(self, tensors: Mapping[str, Tensor]) -> Tensors:
         place = self.place or (lambda _, tensor: tensor)
         return {name: place(name, tensor) for name, tensor in tensors.items()}
 
 
-def save(
-    run: Path, cfg: RunConfig, parts: Parts, tokenizer: Tokenizer, ranks: Ranks | None = None
-) -> Path:
-    """Commit a checkpoint of the present step, then remove the oldest beyond ``train.keep``.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that one checkpoint will hold. Its tensors are live, unless somebody copied them."""
+
+    step: int
+    model: Tensors
+    optimizer: Tensors
+    state: Data
+    config: RunConfig
+    tokenizer: Tokenizer
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors, of all ranks."""
+        return sum(map(_num_bytes, [*self.model.values(), *self.optimizer.values()]))
+
+
+def _num_bytes(item: Tensor | Part) -> int:
+    tensor = item.tensor if isinstance(item, Part) else item
+    return math.prod(item.shape) * tensor.element_size()
+
+
+def snapshot(cfg: RunConfig, parts: Parts, tokenizer: Tokenizer) -> Snapshot:
+    """The present state of a run."""
+    state = {
+        **asdict(parts.progress),
+        "guard": parts.guard.state(),
+        "loader": parts.loader,
+        "rng": random_state(parts.model.embed.weight.device),
+        "config_sha256": _sha256(json.dumps(identity(cfg), sort_keys=True).encode()),
+        "tokenizer_sha256": _sha256(tokenizer.to_bytes()),
+    }
+    tensors = parts.model_tensors(), parts.optimizer_tensors()
+    return Snapshot(parts.progress.step, *tensors, state, cfg, tokenizer)
+
+
+def save(run: Path, taken: Snapshot, ranks: Ranks | None = None) -> Path:
+    """Commit a checkpoint, then remove the oldest beyond ``train.keep``.
 
     Every one of ``ranks`` calls it; all return or all raise.
 
@@ -112,33 +140,24 @@ def save(
         OSError: the disk is full or fails; earlier checkpoints are untouched.
     """
     ranks = ranks or Ranks()
-    final = checkpoint_path(run, parts.progress.step)
+    final = checkpoint_path(run, taken.step)
     who = {"rank": ranks.rank, "ranks": ranks.size}
     try:
         with new_checkpoint(final, ranks) as folder:
-            write_tensors(folder / MODEL, parts.model_tensors(), **who)
-            write_tensors(folder / OPTIMIZER, parts.optimizer_tensors(), **who)
+            write_tensors(folder / MODEL, taken.model, **who)
+            write_tensors(folder / OPTIMIZER, taken.optimizer, **who)
             if ranks.rank == 0:
-                write_texts(folder, tokenizer, to_toml(cfg))
-                write_json(folder / STATE, _state(cfg, parts, tokenizer))
-    except OSError as error:
+                write_texts(folder, taken.tokenizer, to_toml(taken.config))
+                write_json(folder / STATE, taken.state)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
         raise OSError(
-            f"cannot save the checkpoint {final} (about {num_bytes(parts) / 1e6:,.0f} MB): "
-            f"{error.strerror or error}; the checkpoints before it are untouched"
+            f"cannot save the checkpoint {final} ({taken.num_bytes:,} bytes): "
+            f"{reason or error}; the checkpoints before it are untouched"
         ) from error
     if ranks.rank == 0:
-        prune(run, cfg.train.keep)
+        prune(run, taken.config.train.keep, taken.config.train.keep_every)
     return final
-
-
-def _state(cfg: RunConfig, parts: Parts, tokenizer: Tokenizer) -> Data:
-    return {
-        **asdict(parts.progress),
-        "loader": parts.loader,
-        "rng": random_state(parts.model.embed.weight.device),
-        "config_sha256": _sha256(json.dumps(identity(cfg), sort_keys=True).encode()),
-        "tokenizer_sha256": _sha256(tokenizer.to_bytes()),
-    }
 
 
 def _sha256(content: bytes) -> str:
@@ -157,24 +176,39 @@ def restore(folder: Path, parts: Parts) -> None:
     try:
         parts.progress = Progress(**{name: int(state[name]) for name in asdict(Progress())})
         parts.loader = state["loader"]
+        if "guard" in state:  # the first checkpoints of this format had none
+            parts.guard.restore(state["guard"])
         set_random_state(state["rng"], parts.model.embed.weight.device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be used: {error!r}") from None
 
 
-def starting_point(run: Path, cfg: RunConfig, warn: Callable[[str], None]) -> Path | None:
+def starting_point(
+    run: Path,
+    cfg: RunConfig,
+    warn: Callable[[str], None],
+    *,
+    strict: bool = False,
+    allow_change: Sequence[str] = (),
+) -> Path | None:
     """The checkpoint from which ``cfg`` goes on in a run folder; None: it begins.
 
-    Leftovers of an interrupted save are removed. ``warn`` is told of damaged checkpoints.
+    Leftovers of an interrupted save are removed. ``warn`` is told of damaged checkpoints and of
+    every key that has changed.
+
+    Args:
+        strict: a damaged checkpoint is an error, and none before it is taken.
+        allow_change: see :func:`fathom.train.changes.check_same_run`.
 
     Raises:
         ConfigError: the folder's run is another one, or has gone further than ``train.steps``.
-        CheckpointError: there are checkpoints, but all are damaged.
+        CheckpointError: there are checkpoints, but all are damaged (``strict``: the newest is).
     """
     sweep(run)
-    folder = newest(run, warn=warn)
+    folder = newest(run, warn=_refuse if strict else warn)
     if folder is not None or (run / CONFIG).exists():
-        check_same_run(folder or run, cfg)
+        for change in check_same_run(folder or run, cfg, allow_change):
+            warn(f"going on with a change: {change}")
     if folder is not None and step_of(folder) > cfg.train.steps:
         raise ConfigError(
             f"train.steps is {cfg.train.steps} and {run} has done {step_of(folder)}: "
@@ -183,41 +217,9 @@ def starting_point(run: Path, cfg: RunConfig, warn: Callable[[str], None]) -> Pa
     return folder
 
 
-def check_same_run(folder: Path, cfg: RunConfig) -> None:
-    """Refuse to go on with another model, other data or another recipe than the folder's.
-
-    Raises:
-        ConfigError: the first keys that differ, with both values.
-    """
-    theirs, ours = _flat(identity(read_config(folder))), _flat(identity(cfg))
-    keys = sorted(theirs.keys() | ours.keys())
-    differs = [key for key in keys if theirs.get(key) != ours.get(key)]
-    if differs:
-        shown = ", ".join(
-            f"{key} was {theirs.get(key, 'none')} and is {ours.get(key, 'none')}"
-            for key in differs[:4]
-        )
-        more = f", and {len(differs) - 4} more" if len(differs) > 4 else ""
-        raise ConfigError(
-            f"{folder} is of another run: {shown}{more}; "
-            "name another folder with --out, or put the config back"
-        )
-
-
-def read_config(folder: Path) -> RunConfig:
-    """The config of a run or checkpoint folder."""
-    try:
-        return parse(RunConfig, read_toml(folder / CONFIG))
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be used: {error}") from None
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(data, list):
-        data = {str(index): item for index, item in enumerate(data)}
-    if not isinstance(data, dict):
-        return {prefix.removesuffix("."): data}
-    return {k: v for key, item in data.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+def _refuse(sentence: str) -> None:
+    problem = sentence.partition(": going back")[0]
+    raise CheckpointError(f"{problem}; without --strict the checkpoint before it is taken")
 
 
 def init_from(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
@@ -260,73 +262,3 @@ def set_random_state(states: dict[str, str], device: torch.device) -> None:
 
 def _byte_tensor(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
-
-
-def num_bytes(parts: Parts) -> int:
-    """Bytes of the tensors of one checkpoint."""
-    items = [*parts.model_tensors().values(), *parts.optimizer_tensors().values()]
-    return sum(
-        math.prod(item.shape) * (item.tensor if isinstance(item, Part) else item).itemsize
-        for item in items
-    )
-
-
-def check_disk(run: Path, needed: int, keep: int) -> str | None:
-    """Whether checkpoints of ``needed`` bytes will fit: a sentence if room is short, else None.
-
-    Raises:
-        OSError: not one more fits.
-    """
-    free = shutil.disk_usage(run).free
-    room = f"{run} has {free / 1e6:,.0f} MB free and a checkpoint takes {needed / 1e6:,.0f} MB"
-    if free < 1.05 * needed:
-        raise OSError(f"{room}: make room, or name another folder with --out")
-    to_come = keep + 1 - len(committed(run))  # a new one is written before the oldest goes
-    if free < to_come * needed:
-        return f"{room}, of which {to_come} more will lie there (train.keep={keep} and the next)"
-    return None
-
-
-def check_folder(run: Path) -> None:
-    """Refuse a folder that holds results but no config: whose they are cannot be known.
-
-    Raises:
-        ValueError: with the file that is there.
-    """
-    found = [name for name in OURS if (run / name).exists()]
-    if found and CONFIG not in found:
-        raise ValueError(f"{run} holds {found[0]} but no {CONFIG}: name another folder with --out")
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the run folder, which is made if it is not there, against a second run.
-
-    Raises:
-        ValueError: another process trains in it, or it cannot be written.
-    """
-    lock = run / ".lock"
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(f"the run folder {run} cannot be written: {error.strerror}") from None
-    try:
-        _flock(handle, run)
-        yield
-    finally:
-        if [path.name for path in run.iterdir()] == [lock.name]:  # refused: leave nothing behind
-            lock.unlink()
-            run.rmdir()
-        os.close(handle)
-
-
-def _flock(handle: int, run: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is training in {run}: wait for it, or name another folder with --out"
-        ) from None

@@ -50,8 +50,16 @@ class TrainConfig(Config):
         compile: compile each block with ``torch.compile``.
         activation_checkpointing: recompute each block in the backward pass, to save memory.
         deterministic: refuse operations whose result may differ from run to run.
+        spike_sigmas: a step whose loss or gradient norm is so many standard deviations above those
+            of the last 128 steps is skipped (``train/guards.py``); 0: never.
+        repeat_every: steps between those whose gradients are computed twice and compared bit by
+            bit, against hardware that errs; 0: never. Needs ``deterministic``.
+        hang_seconds: a step that takes longer, and ten times the median, ends the process with the
+            stacks of all threads.
         save_every: steps between checkpoints; the last step is always saved.
+        async_save: write checkpoints while training goes on, from a copy in host memory.
         keep: newest checkpoints that stay.
+        keep_every: checkpoints of every so many steps stay for ever; 0: none.
         eval_every: steps between evaluations, of which the last step has one; 0: never.
         eval_bytes: held-out bytes read of each domain; None: all.
         sample_every: steps between texts written by the model, likewise; 0: never.
@@ -86,8 +94,13 @@ class TrainConfig(Config):
     compile: bool = False
     activation_checkpointing: bool = False
     deterministic: bool = False
+    spike_sigmas: float = 6.0
+    repeat_every: int = 0
+    hang_seconds: float = 300.0
     save_every: int = 500
+    async_save: bool = False
     keep: int = 2
+    keep_every: int = 0
     eval_every: int = 500
     eval_bytes: int | None = None
     sample_every: int = 0
@@ -109,13 +122,19 @@ class TrainConfig(Config):
             0 <= self.warmup_steps <= self.steps,
             f"warmup_steps must be 0 to train.steps ({self.steps}), got {self.warmup_steps}",
         )
+        require(
+            self.deterministic or not self.repeat_every,
+            f"repeat_every ({self.repeat_every}) needs train.deterministic=true: else a step may "
+            "differ from itself without any fault",
+        )
         self._check_ramp()
 
     def _check_numbers(self) -> None:
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "hang_seconds"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} must be above 0 and finite, got {value}")
-        for name in ("weight_decay", "grad_clip", "eval_every", "sample_every"):
+        counts = ("eval_every", "sample_every", "repeat_every", "keep_every")
+        for name in ("weight_decay", "grad_clip", "spike_sigmas", *counts):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
         for name in ("min_lr_ratio", "decay_share"):
@@ -239,6 +258,7 @@ FREE = (
         "activation_checkpointing",
         "deterministic",
     ),
+    *("repeat_every", "hang_seconds", "async_save", "keep_every"),
     *("save_every", "keep", "eval_every", "eval_bytes", "sample_every", "log_every", "log_load"),
 )
 

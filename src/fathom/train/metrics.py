@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -144,6 +144,9 @@ class NoLines:
     def sync(self) -> None:
         """Nothing."""
 
+    def rewind(self, upto: int) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Nothing."""
 
@@ -156,9 +159,18 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, upto: int) -> None:
-        kept = [json.dumps(record) for record in read_lines(path) if record["step"] <= upto]
-        replace_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = self._open(upto)
+
+    def _open(self, upto: int) -> TextIO:
+        kept = [json.dumps(record) for record in read_lines(self._path) if record["step"] <= upto]
+        replace_text(self._path, "".join(f"{line}\n" for line in kept))
+        return self._path.open("a", encoding="utf-8")
+
+    def rewind(self, upto: int) -> None:
+        """Remove the lines after step ``upto``."""
+        self._file.close()
+        self._file = self._open(upto)
 
     def write(self, record: Record) -> None:
         """Append one line."""

@@ -122,7 +122,7 @@ def summary(record: Record) -> str:
     if record.get("max_violation") is not None:
         parts.append(f"max violation {record['max_violation']:.2f}")
     if record.get("skipped"):
-        parts.append("skipped: not finite")
+        parts.append("skipped: a spike" if record.get("spike") else "skipped: not finite")
     return "  ".join(parts)
 
 

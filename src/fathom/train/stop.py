@@ -1,8 +1,16 @@
-"""Stopping politely: the first Ctrl-C or SIGTERM asks for a stop after the step in hand."""
+"""Stopping politely: the first Ctrl-C, SIGTERM or SIGUSR1 asks for a stop after the step in hand.
+
+SIGTERM is what ``torchrun`` and schedulers send before they kill; SIGUSR1 what schedulers can be
+told to send some time before (Slurm: ``--signal``).
+"""
 
 import signal
 import threading
 from types import FrameType, TracebackType
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGUSR1"):  # Windows has none
+    SIGNALS.append(signal.SIGUSR1)
 
 
 class StopSignals:
@@ -20,7 +28,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
