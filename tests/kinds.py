@@ -1,6 +1,6 @@
 """Every attention and position that the tests run through, tiny."""
 
-from fathom.attention import AttentionConfig, DSAConfig, MHAConfig, MLAConfig, MoBAConfig
+from fathom.attention import AttentionConfig, DSAConfig, MHAConfig, MLAConfig, MoBAConfig, NSAConfig
 from fathom.layers.position import (
     AlibiConfig,
     AnyPosition,
@@ -41,6 +41,12 @@ def moba(position: RopeConfig | NoPositionConfig = ROPE, **changes) -> MoBAConfi
     return MoBAConfig(position=position, **sizes | changes)
 
 
+def nsa(position: RopeConfig | NoPositionConfig = ROPE, **changes) -> NSAConfig:
+    heads = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "v_head_dim": 5}
+    blocks = {"cmp_block_size": 2, "cmp_stride": 1, "block_size": 2, "topk_blocks": 4}
+    return NSAConfig(position=position, **heads | blocks | {"window_size": 3} | changes)
+
+
 KINDS: dict[str, AttentionConfig] = {
     "mha": mha(n_kv_heads=4),
     "gqa": mha(),
@@ -75,6 +81,14 @@ KINDS: dict[str, AttentionConfig] = {
     "dsa-short": dsa(index_topk=64),
     "dsa-warmup": dsa(index_warmup=True),
     "dsa-yarn": dsa(YARN),
+    "nsa": nsa(),
+    "nsa-shared-mean-rotated": nsa(
+        share_kv=True, compression="mean", compress_rotated=True, gate_per="token"
+    ),
+    "nsa-weighted-no-position": nsa(
+        NoPositionConfig(), compression="weighted", cmp_block_size=4, cmp_stride=2, window_size=4
+    ),
+    "nsa-no-compressed-entry-yet": nsa(cmp_block_size=4, cmp_stride=4, block_size=4, topk_blocks=3),
 }
 # theta depends on the length in use, so a shorter call is another function: not in KINDS
 DYNAMIC = mha(RopeConfig(scaling=DynamicScaling(factor=2.0, original_seq_len=4)))

@@ -5,12 +5,14 @@ from fathom.attention.dsa import DSAConfig
 from fathom.attention.mha import MHAConfig
 from fathom.attention.mla import MLAConfig
 from fathom.attention.moba import MoBAConfig
+from fathom.attention.nsa import NSAConfig
 
 ATTENTION: dict[str, type[AttentionConfig]] = {
     "mha": MHAConfig,
     "mla": MLAConfig,
     "moba": MoBAConfig,
     "dsa": DSAConfig,
+    "nsa": NSAConfig,
 }
 
 __all__ = [
@@ -22,4 +24,5 @@ __all__ = [
     "MHAConfig",
     "MLAConfig",
     "MoBAConfig",
+    "NSAConfig",
 ]

@@ -9,7 +9,7 @@ limit: the pairs together do not repeat there.
 import math
 from typing import TypedDict
 
-from fathom.attention import AttentionConfig, MHAConfig, MLAConfig, MoBAConfig
+from fathom.attention import AttentionConfig, MHAConfig, MLAConfig, MoBAConfig, NSAConfig
 from fathom.config import ModelConfig
 from fathom.layers.position import DecoupledRopeConfig, RopeConfig
 
@@ -49,8 +49,8 @@ def rotation(attention: AttentionConfig) -> tuple[RopeConfig, int] | None:
             return position, position.rope_head_dim
         case MHAConfig(position=RopeConfig() as position, head_dim=dim):
             return position, dim
-        case MoBAConfig(position=RopeConfig() as position, head_dim=dim):
-            return position, dim
+        case MoBAConfig() | NSAConfig() as sparse if isinstance(sparse.position, RopeConfig):
+            return sparse.position, sparse.head_dim
         case _:
             return None
 
