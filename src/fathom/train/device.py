@@ -154,7 +154,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this source file, if git follows it."""
+    """The commit of this source file: git's, or of a copy what ``FATHOM_COMMIT`` says."""
     here = Path(__file__)
     answer = None
     for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
@@ -162,6 +162,6 @@ def _commit() -> str | None:
             git = ["git", "-C", str(here.parent), *command]
             done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
         except (OSError, subprocess.SubprocessError):
-            return None
+            return os.environ.get("FATHOM_COMMIT")
         answer = done.stdout.strip()
     return answer
