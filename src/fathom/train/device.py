@@ -84,8 +84,10 @@ def compile_blocks(
     """Compile every block in place, and run ``warm_up`` to see that it works.
 
     Compiling is lazy, so what cannot be compiled shows in the first pass. Then the blocks stay as
-    they were and ``notice`` is told why.
+    they were and ``notice`` is told why. What was compiled before in this process is forgotten:
+    torch compiles one piece of code only eight times, and another model's blocks are the same code.
     """
+    torch.compiler.reset()
     blocks = [*model.blocks, *(module.block for module in model.mtp)]
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's own, of no use to a user
