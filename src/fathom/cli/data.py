@@ -55,6 +55,27 @@ def prepare(
 
 
 @app.command()
+def facts(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    people: Annotated[int, typer.Option(help="How many, 46.6 bits of facts each.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of who they are.")] = 0,
+    vocab_size: Annotated[int, typer.Option(help="Ids of the tokenizer.")] = 1024,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Invent people with facts, to count the bits that a model can store.
+
+    \b
+    Example:
+      fathom data facts --people 500 --out data/facts
+    """
+    from fathom.data.assemble import describe
+    from fathom.data.facts import prepare_facts
+
+    found = prepare_facts(out, people=people, seed=seed, vocab_size=vocab_size, force=force)
+    typer.echo(describe(found))
+
+
+@app.command()
 def peek(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="bundled, a prepared folder, a run or its TOML.")

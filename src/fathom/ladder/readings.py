@@ -28,6 +28,12 @@ TITLES = {
         "Pairs of random tokens are shown, then one key: is its value the likeliest of those? And "
         "how many bits does a passage cost when it is read for the first and the second time?",
     ),
+    "facts": (
+        "Facts stored",
+        "Invented people have facts of a known number of bits; of those, how many the model can "
+        "tell again. Then one part at a time is taken from a layer, an expert or an eighth of the "
+        "hidden units: the share of the facts known that is lost, by layer.",
+    ),
     "reach": (
         "Reach of position",
         "Whether the best query for it could find a token by its distance alone, among so many "

@@ -1,6 +1,6 @@
 """Measurements of any trained model: one file and one line here each."""
 
-from fathom.probes import domains, position, reach, retrieval, routing, score, speed
+from fathom.probes import domains, facts, position, reach, retrieval, routing, score, speed
 from fathom.probes.base import Context, Probe
 
 PROBES: dict[str, Probe] = {
@@ -10,6 +10,7 @@ PROBES: dict[str, Probe] = {
     "routing": Probe("who uses which expert, against shuffled labels", routing.run),
     "reach": Probe("how far a token can be found by its distance alone", reach.run),
     "score": Probe("share of the score's variance that comes from position", score.run),
+    "facts": Probe("bits stored of invented people (fathom data facts), and where", facts.run),
     "retrieval": Probe("key-value recall and repetition in the context", retrieval.run),
 }
 
