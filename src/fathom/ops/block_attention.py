@@ -3,9 +3,10 @@
 MoBA (arXiv:2502.13189), the selected branch of NSA (arXiv:2502.11089) and, with blocks of one
 token, DSA (DeepSeek-V3.2-Exp) are this one op; they differ in who selects.
 
-``torch`` multiplies whole chunks of queries with all keys and masks what was not selected: on a CPU
-faster than gathering until selections are very sparse. ``reference`` gathers: the definition, and
-the way for a few queries (decoding), which then read their own blocks alone.
+``triton`` reads the selected blocks alone, forward and backward. ``torch`` multiplies whole chunks
+of queries with all keys and masks what was not selected: on a CPU faster than gathering until
+selections are very sparse. ``reference`` gathers: the definition, and the way for a few queries
+(decoding), which then read their own blocks alone.
 
 Shapes: B batch, T queries, S keys, H query heads, G key-value heads, I selection heads, N blocks a
 query selects, K = N * block_size keys, M = lcm(G, I) different pairs of key head and selection,
@@ -14,6 +15,7 @@ key-value head ``h // (H / G)`` at the blocks of selection head ``h // (H / I)``
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +27,14 @@ from fathom.ops.registry import (
     Implementations,
     autocast,
     choose,
-    no_kernel,
+    needs_triton_and_elements,
+    op,
     takes_all,
     wide,
 )
+
+MAX_ROWS = 128  # heads that share a key head and a selection, in the kernel
+MAX_WIDTH = 256  # of queries, keys and values, in the kernel
 
 
 def masked_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
@@ -40,9 +46,32 @@ def masked_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     return ""
 
 
+def width_refusal(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What attention kernels need of queries, keys and values."""
+    if not q.dtype == k.dtype == v.dtype:
+        return f"it needs one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+    widths = (q.shape[3], v.shape[3])
+    if any(width % 8 or width > MAX_WIDTH for width in widths):
+        return f"it needs widths that are multiples of 8 up to {MAX_WIDTH}, got {widths}"
+    return ""
+
+
+def kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What the Triton kernels need."""
+    if reason := needs_triton_and_elements(device, dtype, *tensors):
+        return reason
+    if not tensors:
+        return ""
+    q, k, v, starts = tensors
+    rows = q.shape[2] // math.lcm(k.shape[2], starts.shape[2])
+    if rows > MAX_ROWS:
+        return f"it needs at most {MAX_ROWS} query heads to share keys and selection, got {rows}"
+    return width_refusal(q, k, v)
+
+
 BLOCK_ATTENTION = Implementations(
     op="block_attention",
-    refusals={"triton": no_kernel, "torch": masked_refusal, "reference": takes_all},
+    refusals={"triton": kernel_refusal, "torch": masked_refusal, "reference": takes_all},
 )
 
 
@@ -64,7 +93,8 @@ def block_attention(
         k_BSGQ: keys; G divides H.
         v_BSGV: values; V may differ from Q.
         starts_BTIN: int32, the first key of each block, -1 for none, in any order; the blocks of a
-            query do not overlap. I divides H.
+            query do not overlap, and those of different queries begin at the same key or show no
+            common one. I divides H.
         places_BT: where the query itself stands among the S keys. A block shows the keys
             ``[start, start + block_size)`` up to this place, so that a query that selects blocks of
             its own document alone sees nothing else.
@@ -86,6 +116,18 @@ def block_attention(
             "selection heads"
         )
     chosen = choose(BLOCK_ATTENTION, impl, q_BTHQ, k_BSGQ, v_BSGV, starts_BTIN)
+    if chosen == "triton":
+        pairs = math.lcm(groups, selections)
+        starts_BTMN = starts_BTIN.repeat_interleave(pairs // selections, dim=2)
+        return _block_attention(
+            q_BTHQ.contiguous(),
+            k_BSGQ.contiguous(),
+            v_BSGV.contiguous(),
+            starts_BTMN.contiguous(),
+            places_BT.to(torch.int32).contiguous(),
+            block_size,
+            scale,
+        )[0]
     run = block_attention_reference if chosen == "reference" else masked_block_attention
     return run(q_BTHQ, k_BSGQ, v_BSGV, starts_BTIN, places_BT, block_size, scale)
 
@@ -167,3 +209,84 @@ def selected_keys(starts_BTIN: Tensor, places_BT: Tensor, block_size: int, n_key
     keys_BTIK, there_BTIK = keys_of_blocks(starts_BTIN, places_BT, block_size, n_keys)
     counts = torch.zeros(*starts_BTIN.shape[:3], n_keys, dtype=torch.int8, device=keys_BTIK.device)
     return counts.scatter_add_(-1, keys_BTIK, there_BTIK.to(torch.int8)) > 0
+
+
+def _pairs(q: torch.Size, starts: torch.Size, block_size: int) -> int:
+    """Pairs of query and key, as if all blocks were whole."""
+    return q[0] * q[1] * q[2] * starts[3] * block_size
+
+
+@op(
+    "block_attention_backward",
+    fake=lambda q, k, v, *_: tuple(torch.empty_like(t) for t in (q, k, v)),
+    flops=lambda q, k, v, starts, places, out, lse, dout, block_size, scale: (
+        2 * _pairs(q, starts, block_size) * (3 * q[3] + 2 * v[3])
+    ),
+)
+def _block_attention_backward(
+    q_BTHQ: Tensor,
+    k_BSGQ: Tensor,
+    v_BSGV: Tensor,
+    starts_BTMN: Tensor,
+    places_BT: Tensor,
+    out_BTHV: Tensor,
+    lse_BTH: Tensor,
+    dout_BTHV: Tensor,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fathom.ops.triton import block_attention as kernels
+
+    return kernels.backward(
+        q_BTHQ,
+        k_BSGQ,
+        v_BSGV,
+        starts_BTMN,
+        places_BT,
+        out_BTHV,
+        lse_BTH,
+        dout_BTHV,
+        block_size,
+        scale,
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.block_size, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, dout_BTHV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, starts, places, out, lse = ctx.saved_tensors
+    dout = dout_BTHV.contiguous()
+    grads = _block_attention_backward(
+        q, k, v, starts, places, out, lse, dout, ctx.block_size, ctx.scale
+    )
+    return *grads, None, None, None, None
+
+
+@op(
+    "block_attention",
+    fake=lambda q, k, v, *_: (
+        q.new_empty(*q.shape[:3], v.shape[3]),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+    ),
+    flops=lambda q, k, v, starts, places, block_size, scale: (
+        2 * _pairs(q, starts, block_size) * (q[3] + v[3])
+    ),
+    setup=_setup,
+    backward=_backward,
+)
+def _block_attention(
+    q_BTHQ: Tensor,
+    k_BSGQ: Tensor,
+    v_BSGV: Tensor,
+    starts_BTMN: Tensor,
+    places_BT: Tensor,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from fathom.ops.triton import block_attention as kernels
+
+    inputs = (q_BTHQ, k_BSGQ, v_BSGV, starts_BTMN, places_BT, block_size, scale)
+    return kernels.forward(*inputs)

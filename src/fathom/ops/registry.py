@@ -44,6 +44,17 @@ def needs_triton(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     return "" if HAS_TRITON else "it needs Triton, which is not installed"
 
 
+def needs_triton_and_elements(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """The refusal of a kernel for tensors that are not empty, of at most float32."""
+    if reason := needs_triton(device, dtype):
+        return reason
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it needs bfloat16, float16 or float32, got {dtype}"
+    if any(t.numel() == 0 for t in tensors):
+        return f"it needs tensors with elements, got shapes {[tuple(t.shape) for t in tensors]}"
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Implementations:
     """What stops each implementation of an op, fastest first; the last runs everywhere."""
