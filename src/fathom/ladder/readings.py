@@ -34,6 +34,11 @@ TITLES = {
         "tell again. Then one part at a time is taken from a layer, an expert or an eighth of the "
         "hidden units: the share of the facts known that is lost, by layer.",
     ),
+    "mtp": (
+        "Drafts of multi-token prediction",
+        "The share of the MTP module's guesses that the model itself agrees with, on held-out text "
+        "and while it writes; tokens a forward, and the speed against one token at a time.",
+    ),
     "reach": (
         "Reach of position",
         "Whether the best query for it could find a token by its distance alone, among so many "
