@@ -32,6 +32,7 @@ from fathom.ops.block_attention import block_attention
 from fathom.ops.indexer import index_loss, index_topk
 from fathom.ops.registry import wide
 from fathom.ops.rope import rotate
+from fathom.ops.token_attention import token_attention
 
 INDEX_NORM_EPS = 1e-6  # of the norm of the index keys, a LayerNorm
 
@@ -216,6 +217,9 @@ class DSA(MLA):
         step: Step,
     ) -> Tensor:
         """Attend to the selected tokens: absorbed, for a latent is gathered once for all heads."""
+        if self.cfg.absorb != "never":
+            core = partial(self.read_latents, selected_BTN=selected_BTN)
+            return self.absorbed(q_BTHQ, latent_BSC, k_rope_BSR, core)
         core = partial(
             block_attention,
             starts_BTIN=selected_BTN[:, :, None],
@@ -223,8 +227,15 @@ class DSA(MLA):
             block_size=1,
             scale=self.scale,
         )
-        form = self.expanded if self.cfg.absorb == "never" else self.absorbed
-        return form(q_BTHQ, latent_BSC, k_rope_BSR, core)
+        return self.expanded(q_BTHQ, latent_BSC, k_rope_BSR, core)
+
+    def read_latents(
+        self, q_BTHF: Tensor, k_BS1F: Tensor, v_BS1C: Tensor, *, selected_BTN: Tensor
+    ) -> Tensor:
+        """The absorbed form's core: values are the first channels of the keys."""
+        return token_attention(
+            q_BTHF, k_BS1F[:, :, 0], selected_BTN, value_dim=v_BS1C.shape[-1], scale=self.scale
+        )
 
     def index_loss(
         self,

@@ -25,6 +25,7 @@ from fathom.ops.selection import (
     select_by_importance,
     select_by_mean,
 )
+from fathom.ops.token_attention import TOKEN_ATTENTION, token_attention
 
 __all__ = [
     "OPS",
@@ -49,6 +50,7 @@ __all__ = [
     "select_by_mean",
     "sort_by_expert",
     "table",
+    "token_attention",
     "token_cross_entropy",
     "why_not",
 ]
@@ -72,6 +74,7 @@ OPS = {
     "router": ROUTER,
     "select_by_importance": SELECT_BY_IMPORTANCE,
     "select_by_mean": SELECT_BY_MEAN,
+    "token_attention": TOKEN_ATTENTION,
 }
 
 

@@ -18,11 +18,23 @@ import torch
 from torch import Tensor
 
 from fathom.ops.chunks import spans
-from fathom.ops.registry import Impl, Implementations, choose, no_kernel, op, takes_all
+from fathom.ops.registry import Impl, Implementations, choose, op, takes_all
 from fathom.ops.registry import wide as wide_dtype
 
+
+def triton_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What the kernel needs."""
+    if device != "cuda":
+        return f"it needs CUDA tensors, got {device}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it needs bfloat16, float16 or float32, got {dtype}"
+    if any(t.numel() == 0 for t in tensors):
+        return f"it needs queries and keys, got shapes {[tuple(t.shape) for t in tensors]}"
+    return ""
+
+
 INDEX_TOPK = Implementations(
-    op="index_topk", refusals={"triton": no_kernel, "reference": takes_all}
+    op="index_topk", refusals={"triton": triton_refusal, "reference": takes_all}
 )
 
 
@@ -66,10 +78,9 @@ def index_topk(
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}")
-    choose(INDEX_TOPK, impl, q_BTJI, k_BSI, weight_BTJ)
-    return _index_topk(
-        q_BTJI.detach(), k_BSI.detach(), weight_BTJ.detach(), places_BT, begins_BT, topk
-    )
+    q_BTJI, k_BSI, weight_BTJ = (t.detach() for t in (q_BTJI, k_BSI, weight_BTJ))
+    chosen = choose(INDEX_TOPK, impl, q_BTJI, k_BSI, weight_BTJ)
+    return _index_topk(q_BTJI, k_BSI, weight_BTJ, places_BT, begins_BT, topk, chosen)
 
 
 def visible(places_BT: Tensor, begins_BT: Tensor, n_keys: int) -> Tensor:
@@ -84,7 +95,7 @@ def _topk_flops(q: Sequence[int], k: Sequence[int], *_: Any) -> int:
 
 @op(
     "index_topk",
-    fake=lambda q, k, w, places, begins, topk: q.new_empty(
+    fake=lambda q, k, w, places, begins, topk, impl: q.new_empty(
         *q.shape[:2], min(topk, k.shape[1]), dtype=torch.int32
     ),
     flops=_topk_flops,
@@ -96,9 +107,15 @@ def _index_topk(
     places_BT: Tensor,
     begins_BT: Tensor,
     topk: int,
+    impl: str,
 ) -> Tensor:
     batch, n_queries, n_heads, _ = q_BTJI.shape
     n_keys = k_BSI.shape[1]
+    if impl == "triton":
+        from fathom.ops.triton import indexer as kernel
+
+        topk = min(topk, n_keys)
+        return kernel.index_topk(q_BTJI, k_BSI, weight_BTJ, places_BT, begins_BT, topk)
     out_BTN = places_BT.new_empty(batch, n_queries, min(topk, n_keys), dtype=torch.int32)
     for c in spans(n_queries, batch * n_heads * n_keys):
         scores_BCS = index_scores(q_BTJI[:, c], k_BSI, weight_BTJ[:, c])
