@@ -1,10 +1,11 @@
 """A whole training step on one GPU: forward, backward, AdamW, against transformers compiled.
 
-    python benchmarks/train_step.py [--out DIR] [--cases moe-1.25b]
+    python benchmarks/train_step.py [--out DIR] [--cases moe-1.25b v2-lite-8l dense-1b] [--alone]
 
 Pure bf16 weights and moments, fused AdamW on both sides, the same shapes and random tokens;
 median of 8 steps after 4. Ours compiles block by block, as ``train.compile`` does; transformers
-compiles the model (its ``grouped_mm`` experts, SDPA). The peer runs in the same process.
+compiles the model (its ``grouped_mm`` experts, SDPA). The peer runs in the same process;
+``--alone`` leaves it out. It is a DeepSeek, so the dense Llama has none.
 """
 
 import argparse
@@ -15,16 +16,27 @@ import torch
 from records import limits, milliseconds, row, spread, write
 
 from fathom.attention import MLAConfig
+from fathom.config import ModelConfig
 from fathom.ffn import DenseConfig, MoEConfig
 from fathom.model import build_model
 from fathom.presets import preset
+from fathom.settings import override, parse, to_data
 from fathom.sizing.size import size
 
-CASES = {"moe-1.25b": (8, 2048)}  # preset: rows, tokens a row
+CASES = {  # preset, what to change of it, rows, tokens a row
+    "moe-1.25b": ("moe-1.25b", (), 8, 2048),
+    "v2-lite-8l": ("deepseek-v2-lite", ("groups.1.count=7",), 4, 4096),
+    "dense-1b": ("llama-3.2-1b", (), 4, 4096),
+}
+
+
+def config(name: str) -> ModelConfig:
+    base, changes, *_ = CASES[name]
+    return parse(ModelConfig, override(to_data(preset(base)), changes))
 
 
 def our_step(name: str, tokens: torch.Tensor, *, compiled: bool):
-    model = build_model(preset(name), device="cuda", dtype=torch.bfloat16)
+    model = build_model(config(name), device="cuda", dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if compiled:
         for block in model.blocks:
@@ -44,7 +56,7 @@ def our_step(name: str, tokens: torch.Tensor, *, compiled: bool):
 def transformers_step(name: str, tokens: torch.Tensor):
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    cfg = preset(name)
+    cfg = config(name)
     first, last = cfg.groups[0], cfg.groups[-1]
     attention, experts = last.attention, last.ffn
     assert isinstance(attention, MLAConfig)
@@ -103,33 +115,32 @@ def measure(make) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--out")
+    arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     rows, machine = [], limits()
-    for name in parser.parse_args().cases:
-        batch, length = CASES[name]
-        tokens = torch.randint(0, preset(name).vocab_size, (batch, length), device="cuda")
+    for name in arguments.cases:
+        cfg, (_, _, batch, length) = config(name), CASES[name]
+        tokens = torch.randint(0, cfg.vocab_size, (batch, length), device="cuda")
         ours = measure(lambda t=tokens, n=name: (our_step(n, t, compiled=True), t))
+        print(name, "ours", ours, flush=True)
+        peers: dict[str, dict[str, float]] = {}
+        if not arguments.alone and isinstance(cfg.groups[-1].ffn, MoEConfig):
+            torch.compiler.reset()
+            peer = measure(lambda t=tokens, n=name: (transformers_step(n, t), t))
+            peers = {"transformers": peer}
         eager = measure(lambda t=tokens, n=name: (our_step(n, t, compiled=False), t))
         torch.compiler.reset()
-        peer = measure(lambda t=tokens, n=name: (transformers_step(n, t), t))
-        peers = {"transformers": peer["tokens_per_second"]}
-        flops = 3 * size(preset(name), seq_len=length)["flops_per_token_causal"]
-        speed = ours["tokens_per_second"]
+        speeds = {who: one["tokens_per_second"] for who, one in peers.items()}
+        memory = {who: one["gb"] for who, one in peers.items()}
+        flops = 3 * size(cfg, seq_len=length)["flops_per_token_causal"]
+        speed, slow = ours["tokens_per_second"], eager["tokens_per_second"]
         rows += [
-            row(name, "tokens_per_second", "tokens/s", speed, peers, spread=ours["spread"]),
-            row(
-                name + "-eager", "tokens_per_second", "tokens/s", eager["tokens_per_second"], peers
-            ),
+            row(name, "tokens_per_second", "tokens/s", speed, speeds, spread=ours["spread"]),
+            row(name + "-eager", "tokens_per_second", "tokens/s", slow, speeds),
             row(name, "model_tflops", "TFLOP/s", speed * flops / 1e12, {}),
-            row(
-                name,
-                "peak_memory",
-                "GB",
-                ours["gb"],
-                {"transformers": peer["gb"]},
-                higher_is_better=False,
-            ),
+            row(name, "peak_memory", "GB", ours["gb"], memory, higher_is_better=False),
         ]
     write("train_step", rows, machine)
 

@@ -142,19 +142,19 @@ class LargestLogits(TorchDispatchMode):
 def test_no_more_logits_than_allowed_exist_at_a_time(dtype, train):
     x, w, targets = head((700, 97, 8), dtype=dtype)
     limit = 60_000
-    assert limit < rows_per_chunk(x, w, 2**30) * 97 * dtype.itemsize  # the limit binds
+    assert limit < rows_per_chunk(x, w, 2**30, "torch") * 97 * dtype.itemsize  # the limit binds
     with LargestLogits(97) as seen:
-        loss_and_gradients(x, w, targets, limit, -100, train, train)
+        loss_and_gradients(x, w, targets, limit, -100, train, train, "torch")
     assert limit / 3 < seen.peak <= limit
 
 
 def test_chunks_are_whole_tiles_and_on_the_cpu_stay_in_cache():
     x, w = torch.empty(10_000, 8, device="meta"), torch.empty(1000, 8, device="meta")
-    assert rows_per_chunk(x, w, 2**20) == 256  # 262 rows fit
-    assert rows_per_chunk(x, w, 400_000) == 100
-    assert rows_per_chunk(x, w, 1) == 1
-    assert rows_per_chunk(x.bfloat16(), w.bfloat16(), 2500 * 4096) == 4096
-    assert rows_per_chunk(torch.empty(1, 8), torch.empty(1000, 8), 2**30) == CPU_ROWS
+    assert rows_per_chunk(x, w, 2**20, "torch") == 256  # 262 rows fit
+    assert rows_per_chunk(x, w, 400_000, "torch") == 100
+    assert rows_per_chunk(x, w, 1, "torch") == 1
+    assert rows_per_chunk(x.bfloat16(), w.bfloat16(), 2500 * 4096, "torch") == 4096
+    assert rows_per_chunk(torch.empty(1, 8), torch.empty(1000, 8), 2**30, "torch") == CPU_ROWS
 
 
 @pytest.mark.parametrize("train", ["neither", "x", "w", "both"])
@@ -183,8 +183,8 @@ def test_no_gradient_is_computed_under_no_grad():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ops_pass_opcheck(dtype):
     x, w, targets = head(CASES["odd"], dtype=dtype)
-    opcheck(torch.ops.fathom.token_cross_entropy.default, (x, w, targets, 100, -100))
-    inputs = (x.requires_grad_(), w.requires_grad_(), targets, 100, -100, True, True)
+    opcheck(torch.ops.fathom.token_cross_entropy.default, (x, w, targets, 100, -100, "torch"))
+    inputs = (x.requires_grad_(), w.requires_grad_(), targets, 100, -100, True, True, "torch")
     opcheck(torch.ops.fathom.linear_cross_entropy.default, inputs)
 
 

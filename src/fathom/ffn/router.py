@@ -19,10 +19,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import softplus
 
 from fathom.layers.base import Config, require, require_positive
-from fathom.ops.router import best_experts
+from fathom.ops.router import best_experts, router_logits
 
 MAX_EXPERTS = 4096  # a small file must not ask for a huge model
 
@@ -137,9 +137,8 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", bias)
 
     def forward(self, x_ND: Tensor) -> Choice:
-        wide = torch.promote_types(x_ND.dtype, torch.float32)
         with _no_autocast(x_ND.device.type):
-            logits_NE = linear(x_ND.to(wide), self.weight.to(wide))
+            logits_NE = router_logits(x_ND, self.weight)
         return route(logits_NE, self.expert_bias, self.cfg)
 
     def _apply(

@@ -9,7 +9,7 @@ import torch
 
 from fathom.ops.attention import ATTENTION, attention
 from fathom.ops.block_attention import BLOCK_ATTENTION, block_attention
-from fathom.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
+from fathom.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy, token_cross_entropy
 from fathom.ops.experts import EXPERTS, experts
 from fathom.ops.grouped_mm import GROUPED_MM, grouped_mm
 from fathom.ops.indexer import INDEX_TOPK, index_loss, index_topk
@@ -18,7 +18,7 @@ from fathom.ops.permute import PERMUTE, Permutation, combine, gather, sort_by_ex
 from fathom.ops.range_attention import RANGE_ATTENTION, range_attention
 from fathom.ops.registry import Impl, Implementations, choose, no_kernel, takes_all
 from fathom.ops.rope import rotate
-from fathom.ops.router import ROUTER, best_experts
+from fathom.ops.router import LOGITS, ROUTER, best_experts, router_logits
 from fathom.ops.selection import (
     SELECT_BY_IMPORTANCE,
     SELECT_BY_MEAN,
@@ -46,6 +46,7 @@ __all__ = [
     "range_attention",
     "rms_norm",
     "rotate",
+    "router_logits",
     "select_by_importance",
     "select_by_mean",
     "sort_by_expert",
@@ -63,7 +64,7 @@ def _plain(op: str) -> Implementations:
 OPS = {
     "attention": ATTENTION,
     "block_attention": BLOCK_ATTENTION,
-    "cross_entropy": _plain("cross_entropy"),
+    "cross_entropy": CROSS_ENTROPY,
     "experts": EXPERTS,
     "grouped_mm": GROUPED_MM,
     "index_topk": INDEX_TOPK,
@@ -72,6 +73,7 @@ OPS = {
     "range_attention": RANGE_ATTENTION,
     "rope": _plain("rope"),
     "router": ROUTER,
+    "router_logits": LOGITS,
     "select_by_importance": SELECT_BY_IMPORTANCE,
     "select_by_mean": SELECT_BY_MEAN,
     "token_attention": TOKEN_ATTENTION,

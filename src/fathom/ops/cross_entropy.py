@@ -2,7 +2,8 @@
 
 Rows are taken in chunks whose logits fit in ``max_bytes``. When training, a chunk's gradients are
 computed while its logits are there (they become the gradient, in place), so there are three matmuls
-and nothing is computed twice; the backward only scales.
+and nothing is computed twice; the backward only scales. On a GPU one kernel does all that lies
+between the matmuls.
 
 Shapes: N tokens, M tokens of a chunk, V vocabulary, D width.
 """
@@ -13,10 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fathom.ops.registry import autocast, op, wide
+from fathom.ops.registry import (
+    Impl,
+    Implementations,
+    autocast,
+    choose,
+    needs_triton,
+    op,
+    takes_all,
+    wide,
+)
 
 CPU_ROWS = 512  # measured: logits stay in cache, matmuls stay wide
 SLICES = 8  # of a chunk in a narrow dtype; only one of them is widened at a time
+NARROW_SUMS = 4  # chunks that may be added up in a narrow dtype: at most twice the error
+
+
+def triton_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What the kernel needs: CUDA, and logits of at most float32."""
+    if dtype == torch.float64:
+        return f"it needs float32 or narrower, got {dtype}"
+    return needs_triton(device, dtype)
+
+
+CROSS_ENTROPY = Implementations(
+    op="cross_entropy", refusals={"triton": triton_refusal, "torch": takes_all}
+)
 
 
 def linear_cross_entropy(
@@ -26,6 +49,7 @@ def linear_cross_entropy(
     *,
     max_bytes: int = 2**30,
     ignore_index: int = -100,
+    impl: Impl = "auto",
 ) -> Tensor:
     """The *sum* of ``-log softmax(x w^T)[target]`` over the targets that are not ``ignore_index``.
 
@@ -42,6 +66,7 @@ def linear_cross_entropy(
         ignore_index,
         training and x_ND.requires_grad,
         training and w_VD.requires_grad,
+        choose(CROSS_ENTROPY, impl, x_ND, w_VD),
     )
     return loss
 
@@ -53,19 +78,21 @@ def token_cross_entropy(
     *,
     max_bytes: int = 2**30,
     ignore_index: int = -100,
+    impl: Impl = "auto",
 ) -> Tensor:
     """``-log softmax(x w^T)[target]`` of each token in nats, ``[N]``, 0 where it is ignored.
 
     For evaluation, without a gradient. Float32 (float64 for float64); memory as above.
     """
     x_ND, w_VD = autocast(x_ND.detach(), w_VD.detach())
-    return _token_cross_entropy(x_ND, w_VD, targets_N, max_bytes, ignore_index)
+    chosen = choose(CROSS_ENTROPY, impl, x_ND, w_VD)
+    return _token_cross_entropy(x_ND, w_VD, targets_N, max_bytes, ignore_index, chosen)
 
 
-def rows_per_chunk(x_ND: Tensor, w_VD: Tensor, max_bytes: int) -> int:
-    """How many rows' logits fit, the widened slice of a narrow dtype included."""
+def rows_per_chunk(x_ND: Tensor, w_VD: Tensor, max_bytes: int, impl: str) -> int:
+    """How many rows' logits fit, with what ``torch`` widens of a narrow dtype."""
     row = w_VD.shape[0] * x_ND.dtype.itemsize
-    if x_ND.dtype != wide(x_ND.dtype):
+    if impl == "torch" and x_ND.dtype != wide(x_ND.dtype):
         row += w_VD.shape[0] * wide(x_ND.dtype).itemsize // SLICES
     rows = max_bytes // row
     if x_ND.device.type == "cpu":
@@ -107,9 +134,17 @@ def _fake_tokens(x_ND: Tensor, *_: Any) -> Tensor:
     flops=lambda x, w, *_: 2 * x[0] * w[0] * w[1],
 )
 def _token_cross_entropy(
-    x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, max_bytes: int, ignore_index: int
+    x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, max_bytes: int, ignore_index: int, impl: str
 ) -> Tensor:
-    rows = rows_per_chunk(x_ND, w_VD, max_bytes)
+    rows = rows_per_chunk(x_ND, w_VD, max_bytes, impl)
+    if impl == "triton":
+        from fathom.ops.triton.cross_entropy import losses_and_slopes as kernel
+
+        losses_N = _fake_tokens(x_ND)
+        chunks = (t.split(rows) for t in (x_ND, targets_N, losses_N))
+        for x, targets, losses in zip(*chunks, strict=True):
+            kernel(x @ w_VD.T, targets, losses, ignore_index, slopes=False)
+        return losses_N
     valid_N = targets_N != ignore_index
     targets_N = targets_N.where(valid_N, 0)
     chunks = zip(x_ND.split(rows), targets_N.split(rows), strict=True)
@@ -118,35 +153,36 @@ def _token_cross_entropy(
 
 
 def _fake_sum(
-    x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, max_bytes: int, ignore: int, dx: bool, dw: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = x_ND.new_empty((), dtype=wide(x_ND.dtype))
-    return loss, x_ND.new_empty(x_ND.shape if dx else 0), w_VD.new_empty(w_VD.mT.shape if dw else 0)
-
-
-def _flops(
-    x: Sequence[int],
-    w: Sequence[int],
-    targets: Sequence[int],
+    x_ND: Tensor,
+    w_VD: Tensor,
+    targets_N: Tensor,
     max_bytes: int,
     ignore: int,
     dx: bool,
     dw: bool,
-) -> int:
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x_ND.new_empty((), dtype=wide(x_ND.dtype))
+    w = w_VD if impl == "triton" else w_VD.mT  # on the CPU [D, V] is faster
+    return loss, x_ND.new_empty(x_ND.shape if dx else 0), w_VD.new_empty(w.shape if dw else 0)
+
+
+def _flops(x: Sequence[int], w: Sequence[int], *others: Any) -> int:
+    dx, dw = others[3:5]
     return 2 * x[0] * w[0] * w[1] * (1 + dx + dw)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.need_dx, ctx.need_dw = inputs[5:]
+    ctx.need_dx, ctx.need_dw, ctx.impl = inputs[5:]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dx_ND, dw_DV = ctx.saved_tensors
-    dx = scaled(dx_ND, grad) if ctx.need_dx else None
-    dw = scaled(dw_DV.T, grad) if ctx.need_dw else None
-    return dx, dw, None, None, None, None, None
+    dx_ND, dw = ctx.saved_tensors
+    dx_ND = scaled(dx_ND, grad) if ctx.need_dx else None
+    dw_VD = scaled(dw if ctx.impl == "triton" else dw.T, grad) if ctx.need_dw else None
+    return dx_ND, dw_VD, *[None] * 6
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -179,14 +215,21 @@ def loss_and_gradients(
     ignore_index: int,
     need_dx: bool,
     need_dw: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, ``dx_ND`` and ``dw_DV``; a gradient that is not needed has no elements."""
-    loss, dx_ND, no_dw = _fake_sum(x_ND, w_VD, targets_N, max_bytes, ignore_index, need_dx, False)
+    """The loss, ``dx_ND`` and ``dw`` (``[V, D]`` by triton, else ``[D, V]``).
+
+    A gradient that is not needed has no elements.
+    """
+    limits = (max_bytes, ignore_index)
+    if impl == "triton":
+        return _by_kernel(x_ND, w_VD, targets_N, *limits, need_dx, need_dw)
+    loss, dx_ND, no_dw = _fake_sum(x_ND, w_VD, targets_N, *limits, need_dx, False, impl)
     loss.zero_()
     dw_DV = None
     valid_N = targets_N != ignore_index
     targets_N = targets_N.where(valid_N, 0)
-    rows = rows_per_chunk(x_ND, w_VD, max_bytes)
+    rows = rows_per_chunk(x_ND, w_VD, max_bytes, impl)
     for a in range(0, max(x_ND.shape[0], 1), rows):
         m = slice(a, a + rows)
         part, part_DV = _chunk(x_ND[m], w_VD, targets_N[m], valid_N[m], dx_ND[m], need_dw)
@@ -194,6 +237,43 @@ def loss_and_gradients(
         if part_DV is not None:
             dw_DV = part_DV if dw_DV is None else dw_DV.to(wide(w_VD.dtype)).add_(part_DV)
     return loss, dx_ND, no_dw if dw_DV is None else dw_DV.to(w_VD.dtype)
+
+
+def _by_kernel(
+    x_ND: Tensor,
+    w_VD: Tensor,
+    targets_N: Tensor,
+    max_bytes: int,
+    ignore_index: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`loss_and_gradients` where the kernel runs."""
+    from fathom.ops.triton.cross_entropy import losses_and_slopes as kernel
+
+    limits = (max_bytes, ignore_index)
+    _, dx_ND, dw_VD = _fake_sum(x_ND, w_VD, targets_N, *limits, need_dx, need_dw, "triton")
+    losses_N = _fake_tokens(x_ND)
+    tokens = x_ND.shape[0]
+    chunks = -(-tokens // rows_per_chunk(x_ND, w_VD, max_bytes, "triton"))
+    rows = -(-tokens // max(chunks, 1))
+    rows = -(-rows // 128) * 128 if rows > 128 else max(rows, 1)  # chunks alike, of whole tiles
+    sums = dw_VD if tokens else dw_VD.zero_()
+    if need_dw and chunks > NARROW_SUMS:
+        sums = torch.zeros_like(dw_VD, dtype=wide(dw_VD.dtype))
+    for a in range(0, tokens, rows):
+        m = slice(a, a + rows)
+        logits_MV = x_ND[m] @ w_VD.T
+        kernel(logits_MV, targets_N[m], losses_N[m], ignore_index, slopes=need_dx or need_dw)
+        if need_dx:
+            torch.mm(logits_MV, w_VD, out=dx_ND[m])
+        if need_dw and chunks > NARROW_SUMS:
+            sums += logits_MV.T @ x_ND[m]
+        elif need_dw and a:
+            sums.addmm_(logits_MV.T, x_ND[m])
+        elif need_dw:
+            torch.mm(logits_MV.T, x_ND[m], out=sums)
+    return losses_N.sum(), dx_ND, sums.to(w_VD.dtype)
 
 
 _linear_cross_entropy = op(

@@ -1,4 +1,7 @@
-"""Which experts a token goes to: the best scores, within the best groups if those are limited.
+"""What a token's experts are chosen by, and which: the router's product, and its best scores.
+
+The product is as exact as in float32, whatever the dtype of its factors: the product of two
+bfloat16 numbers *is* a float32 number, so on a GPU matmul units do it, with sums in float32.
 
 Equal scores go to the lowest index, on every device, so that a run can be repeated and a
 recomputed forward chooses as the first did.
@@ -6,10 +9,22 @@ recomputed forward chooses as the first did.
 Shapes: N tokens, D model dim, E experts, K chosen per token, G groups of S neighbours.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from fathom.ops.registry import Impl, Implementations, choose, needs_triton, op, takes_all
+from fathom.ops.registry import (
+    Impl,
+    Implementations,
+    choose,
+    needs_triton,
+    no_kernel,
+    op,
+    takes_all,
+    wide,
+)
 from fathom.ops.top_ids import top_ids
 
 
@@ -21,6 +36,54 @@ def triton_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
 
 
 ROUTER = Implementations(op="router", refusals={"triton": triton_refusal, "reference": takes_all})
+
+
+def logits_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What a product by bfloat16 units that loses nothing needs."""
+    dtypes = {dtype, *(t.dtype for t in tensors)}
+    if device != "cuda" or dtypes != {torch.bfloat16}:
+        found = ", ".join(sorted(str(d) for d in dtypes))
+        return f"it needs bfloat16 on CUDA, got {found} on {device}"
+    return ""
+
+
+LOGITS = Implementations(
+    op="router_logits",
+    refusals={"triton": no_kernel, "torch": logits_refusal, "reference": takes_all},
+)
+
+
+def router_logits(x_ND: Tensor, w_ED: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """``x w^T`` with sums in float32 (float64 for float64) and no rounding: ``[N, E]``, wide."""
+    if choose(LOGITS, impl, x_ND, w_ED) == "torch":
+        return _router_logits(x_ND, w_ED)
+    dtype = wide(x_ND.dtype)
+    return linear(x_ND.to(dtype), w_ED.to(dtype))
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, Tensor]:
+    """The float32 gradient as two bfloat16 numbers, of 16 digits together."""
+    x_ND, w_ED = ctx.saved_tensors
+    high_NE = grad_NE.to(w_ED.dtype)
+    parts_N2E = torch.cat([high_NE, (grad_NE - high_NE).to(w_ED.dtype)], dim=1)
+    dx_ND = parts_N2E @ torch.cat([w_ED, w_ED])
+    dw_high, dw_low = torch.mm(parts_N2E.T, x_ND, out_dtype=torch.float32).chunk(2)
+    return dx_ND, (dw_high + dw_low).to(w_ED.dtype)
+
+
+@op(
+    "router_logits",
+    fake=lambda x, w: x.new_empty(x.shape[0], w.shape[0], dtype=torch.float32),
+    flops=lambda x, w: 2 * x[0] * x[1] * w[0],
+    setup=_setup,
+    backward=_backward,
+)
+def _router_logits(x_ND: Tensor, w_ED: Tensor) -> Tensor:
+    return torch.mm(x_ND, w_ED.T, out_dtype=torch.float32)
 
 
 def best_experts(
