@@ -177,6 +177,20 @@ def test_causal_with_a_mask_or_other_lengths_is_refused(keys, masked):
         attention(q, k, v, scale=1.0, mask=mask, causal=True)
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_a_single_causal_query_is_the_newest_and_sees_every_key(impl):
+    q, k, v = tensors((2, 1, 5, 4, 2, 6, 6))
+    got = attention(q, k, v, scale=0.4, causal=True, impl=impl)
+    torch.testing.assert_close(got, query_by_query(0.4)(q, k, v))
+
+
+def test_without_a_gradient_the_cpu_kernel_runs_with_no_op_around_it():
+    q, k, v = tensors((2, 3, 3, 4, 2, 6, 6))
+    with torch.no_grad():
+        bare = attention(q, k, v, scale=0.4, causal=True, impl="torch")
+    assert torch.equal(bare, attention(q, k, v, scale=0.4, causal=True, impl="torch"))
+
+
 def test_autocast_reaches_the_kernel():
     q, k, v = tensors((1, 3, 3, 2, 2, 4, 4))
     with torch.autocast("cpu", torch.bfloat16):

@@ -100,7 +100,9 @@ def raw_scores(q_BTHQ: Tensor, k_BSGQ: Tensor, scale: float, mask: Tensor | None
     k_BSHQ = k_BSGQ.repeat_interleave(q_BTHQ.shape[2] // k_BSGQ.shape[2], dim=2)
     scores = scale * torch.einsum("bthq,bshq->bhts", q_BTHQ.float(), k_BSHQ.float())
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        n_queries, n_keys = scores.shape[-2:]
+        ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores.device)
+        mask = ones.tril(n_keys - n_queries)
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, float("-inf"))
     return scores + mask

@@ -173,7 +173,7 @@ class DSA(MLA):
         return self.attend(x_BTD, step)[0]
 
     def attend(self, x_BTD: Tensor, step: Step) -> tuple[Tensor, Indexing]:
-        angles = self.rope.angles(step.positions_BT, step.total)
+        angles = step.angles(self.rope)
         query_latent = self.query_latent(x_BTD)
         q_BTHQ, new = self.queries(query_latent, angles), self.latents(x_BTD, angles)
         indices = None if self.indexer is None else self.indexer(x_BTD, query_latent, angles)

@@ -163,7 +163,7 @@ class MHA(Attention):
         k_BTGQ = self.wk(x_BTD).unflatten(-1, (cfg.n_kv_heads, -1))
         position_keys = []
         if self.rope is not None:
-            angles = self.rope.angles(step.positions_BT, step.total)
+            angles = step.angles(self.rope)
             if cfg.rope_head_dim:
                 q_rope = self.wq_rope(x_BTD).unflatten(-1, (cfg.n_query_projections, -1))
                 q_BTHQ = torch.cat([q_BTHQ, rotate(q_rope, *angles)], dim=-1)

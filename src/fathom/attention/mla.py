@@ -139,7 +139,7 @@ class MLA(Attention):
         self.rope = cfg.position.rope(cfg.qk_rope_head_dim)
 
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
-        angles = self.rope.angles(step.positions_BT, step.total)
+        angles = step.angles(self.rope)
         q_BTHQ = self.queries(self.query_latent(x_BTD), angles)
         keys_BS, (latent_BSC, k_rope_BSR) = step.append(*self.latents(x_BTD, angles))
         mixed_BTHV = self.read(q_BTHQ, latent_BSC, k_rope_BSR, keys_BS, step)
@@ -200,7 +200,7 @@ class MLA(Attention):
         return torch.cat([k_nope, k_rope], dim=-1), v_BSHV
 
     def scores(self, x_BTD: Tensor, step: Step) -> Tensor:
-        angles = self.rope.angles(step.positions_BT, step.total)
+        angles = step.angles(self.rope)
         k_BSHQ, _ = self.keys_values(*self.latents(x_BTD, angles))
         q_BTHQ = self.queries(self.query_latent(x_BTD), angles)
         return raw_scores(q_BTHQ, k_BSHQ, self.scale, step.mask(None))

@@ -164,7 +164,7 @@ class MoBA(Attention):
         k_BTGQ = self.unrotated_keys(x_BTD, step)
         if self.rope is None:
             return q_BTHQ, k_BTGQ
-        angles = self.rope.angles(step.positions_BT, step.total)
+        angles = step.angles(self.rope)
         return rotate(q_BTHQ, *angles), rotate(k_BTGQ, *angles)
 
     def unrotated_keys(self, x_BTD: Tensor, step: Step) -> Tensor:

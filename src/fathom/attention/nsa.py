@@ -272,7 +272,7 @@ class NSA(Attention):
     def rotated(self, x_BTGQ: Tensor, step: Step) -> Tensor:
         if self.rope is None:
             return x_BTGQ
-        return rotate(x_BTGQ, *self.rope.angles(step.positions_BT, step.total))
+        return rotate(x_BTGQ, *step.angles(self.rope))
 
     def kept(
         self, k_BTGQ: Tensor, v_BTGV: Tensor, step: Step, names: tuple[str, str]

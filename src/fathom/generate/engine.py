@@ -185,7 +185,7 @@ class Engine:
         rows = self._rows(prompts, stop)
         if not rows:
             return []
-        starts_B = torch.tensor([len(row.prompt) for row in rows], device=self._device)
+        starts_B = self._starts(rows)
         cache = self._new_cache(rows, length)
         eos_ids = self._eos_ids(settings)
         barred_V = self._barred(eos_ids, symbols=symbols)
@@ -202,7 +202,7 @@ class Engine:
             if said is not None:
                 said.add(tokens_B)
             logits_BV = self.model(tokens_B[:, None], cache=cache, starts_B=starts_B)[:, -1]
-            starts_B = starts_B + 1
+            starts_B = None if starts_B is None else starts_B + 1
         self._finish(rows, stream)
         return [row.result() for row in rows]
 
@@ -249,6 +249,11 @@ class Engine:
             f"model's context of {context} (max_seq_len): shorten one of them",
         )
         return self.model.new_cache(len(rows), longest + max_new_tokens)
+
+    def _starts(self, rows: list[Row]) -> Tensor | None:
+        """The position behind each prompt, ``[B]``; None where it is the same for all."""
+        lengths = [len(row.prompt) for row in rows]
+        return torch.tensor(lengths, device=self._device) if len(set(lengths)) > 1 else None
 
     def _generators(self, seed: int | Sequence[int], n_prompts: int) -> list[torch.Generator]:
         """A stream of draws of its own for each prompt."""

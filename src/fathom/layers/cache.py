@@ -47,10 +47,16 @@ class Store(ABC):
     buffer: Tensor  # [B, slots, W]
 
     @abstractmethod
-    def append(self, positions_BT: Tensor, total: int, new_BTW: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, positions_BT: Tensor, total: int, new_BTW: Tensor, *, aligned: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Store the new rows at their positions; return ``(key_positions_BS, stream_BSW)``.
 
-        ``total`` is the number of positions in use after this call, a host integer.
+        Args:
+            positions_BT: of the new rows.
+            total: positions in use after this call, a host integer.
+            new_BTW: the rows.
+            aligned: the positions are the last of ``total`` in every row.
         """
 
     @abstractmethod
@@ -66,10 +72,14 @@ class Store(ABC):
 class Whole(Store):
     """A slot for every position."""
 
-    def append(self, positions_BT: Tensor, total: int, new_BTW: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(positions_BT.shape[0], device=positions_BT.device)
-        self.buffer[rows[:, None], positions_BT] = new_BTW.to(self.buffer.dtype)
-        keys = torch.arange(total, device=positions_BT.device).expand(len(rows), -1)
+    def append(
+        self, positions_BT: Tensor, total: int, new_BTW: Tensor, *, aligned: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        batch, length = positions_BT.shape
+        rows = torch.arange(batch, device=positions_BT.device)[:, None]
+        place = (slice(None), slice(total - length, total)) if aligned else (rows, positions_BT)
+        self.buffer[place] = new_BTW.to(self.buffer.dtype)
+        keys = torch.arange(total, device=positions_BT.device).expand(batch, -1)
         return keys, self.buffer[:, :total]
 
     def places(self, positions_BT: Tensor) -> Tensor:
@@ -89,7 +99,9 @@ class Ring(Store):
     def window(self) -> int:
         return self.buffer.shape[1]
 
-    def append(self, positions_BT: Tensor, total: int, new_BTW: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, positions_BT: Tensor, total: int, new_BTW: Tensor, *, aligned: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The window before the new rows, oldest first, then they; the new rows take their slots.
 
         A position of -1 in the result marks a row that does not exist.
@@ -127,6 +139,8 @@ class LayerCache:
         total: int,
         new: Sequence[Tensor],
         names: Sequence[str] | None = None,
+        *,
+        aligned: bool = False,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Store new rows of some streams that are kept alike; ``(key_positions_BS, streams)``.
 
@@ -134,7 +148,7 @@ class LayerCache:
         """
         names = list(self.stores) if names is None else names
         pairs = [
-            self.stores[name].append(positions_BT, total, rows)
+            self.stores[name].append(positions_BT, total, rows, aligned=aligned)
             for name, rows in zip(names, new, strict=True)
         ]
         assert len({keys.shape for keys, _ in pairs}) == 1, "these streams are not kept alike"

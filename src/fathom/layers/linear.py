@@ -3,7 +3,9 @@
 Neither runs torch's own initialisation: it would cost time and draw from the global generator.
 """
 
-from torch import nn
+from torch import Tensor, nn
+
+from fathom.ops.linear import linear
 
 
 class Linear(nn.Linear):
@@ -17,6 +19,9 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         """Nothing: ``fathom.model.init`` gives the values."""

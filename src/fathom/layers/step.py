@@ -3,13 +3,17 @@
 Shapes: B batch, T new tokens, S all tokens so far.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from fathom.layers.cache import Cache, LayerCache
+from fathom.layers.cache import Cache, LayerCache, Whole
+from fathom.layers.rope import Rope
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Step:
         visible_BTT: True where the token of a row may see the other; None: plain causal.
         cache: this layer's cache, or None.
         selected_BTN: what an indexer below chose for each query, for layers that share it.
+        aligned: every row's tokens have the same positions, the last ones in use.
+        shared: what the layers of this step have in common, see :meth:`once`.
     """
 
     positions_BT: Tensor
@@ -29,6 +35,8 @@ class Step:
     visible_BTT: Tensor | None = None
     cache: LayerCache | None = None
     selected_BTN: Tensor | None = None
+    aligned: bool = False
+    shared: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def full(cls, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> "Step":
@@ -42,7 +50,7 @@ class Step:
         batch, length = tokens_BT.shape
         places = torch.arange(length, device=tokens_BT.device)
         if cu_seqlens is None:
-            return cls(places.expand(batch, -1), total=length)
+            return cls(places.expand(batch, -1), total=length, aligned=True)
         flat = torch.arange(batch * length, device=tokens_BT.device, dtype=cu_seqlens.dtype)
         document = torch.searchsorted(cu_seqlens, flat, right=True) - 1
         starts = cu_seqlens[document]
@@ -67,13 +75,27 @@ class Step:
             positions_BT = (places + cache.length).expand(batch, -1)
         else:
             positions_BT = starts_B[:, None] + places
-        return cls(positions_BT, total=cache.length + length)
+        total = cache.length + length
+        return cls(positions_BT, total, aligned=starts_B is None)
 
     def at(self, cache: LayerCache | None, selected_BTN: Tensor | None = None) -> "Step":
         """The same step as one layer sees it."""
         if cache is None and selected_BTN is None:
             return self
         return replace(self, cache=cache, selected_BTN=selected_BTN)
+
+    def once(self, name: Hashable, make: Callable[[], Value]) -> Value:
+        """What all layers share (angles, masks): made by the first that asks for ``name``."""
+        if torch.compiler.is_compiling():  # a graph's own values must not leave it
+            return make()
+        if name not in self.shared:
+            self.shared[name] = make()
+        return cast(Value, self.shared[name])
+
+    def angles(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        """cos and sin of this step's positions under a rotation."""
+        name = ("angles", rope.dim, rope.theta, rope.scaling)
+        return self.once(name, lambda: rope.angles(self.positions_BT, self.total))
 
     def append(
         self, *new: Tensor, names: Sequence[str] | None = None
@@ -85,7 +107,13 @@ class Step:
         """
         if self.cache is None:
             return None, new
-        return self.cache.append(self.positions_BT, self.total, new, names)
+        names = list(self.cache.stores) if names is None else names
+        keys_BS, streams = self.cache.append(
+            self.positions_BT, self.total, new, names, aligned=self.aligned
+        )
+        if isinstance(self.cache.stores[names[0]], Whole):  # the same positions in every layer
+            keys_BS = self.once("keys", lambda: keys_BS)
+        return keys_BS, streams
 
     def places(self, name: str) -> Tensor:
         """Where the step's tokens stand among the rows that ``append`` gives of a stream.
@@ -105,7 +133,9 @@ class Step:
         slopes_H: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor | None:
-        """What each query sees: None for plain causal, bool ``[B, 1, T, S]``, or an additive bias.
+        """What each query sees: bool ``[B, 1, T, S]``, or an additive bias.
+
+        None stands for plain causal; for a single query, which is the newest token, for all keys.
 
         Args:
             key_positions_BS: positions of the keys (-1: an empty slot), None for the step's own.
@@ -113,9 +143,32 @@ class Step:
             slopes_H: ALiBi's slopes; the result is then ``slope * (key - query)`` in ``dtype``,
                 ``[B, H, T, S]``, with ``-inf`` where nothing may be seen.
         """
-        keys_BS = self.positions_BT if key_positions_BS is None else key_positions_BS
-        if key_positions_BS is None and window_size is None and slopes_H is None:
+        in_common = key_positions_BS is None or key_positions_BS is self.shared.get("keys")
+        if in_common and slopes_H is None:
+            name = ("mask", key_positions_BS is None, window_size)
+            return self.once(name, lambda: self._common_mask(key_positions_BS, window_size))
+        return self._mask(key_positions_BS, window_size, slopes_H, dtype)
+
+    def _common_mask(
+        self, key_positions_BS: Tensor | None, window_size: int | None
+    ) -> Tensor | None:
+        """The mask over tokens that every layer sees, and none where none is needed."""
+        if key_positions_BS is None and window_size is None:
             return None if self.visible_BTT is None else self.visible_BTT[:, None]
+        unlimited = window_size is None or window_size >= self.total
+        newest = self.aligned and self.positions_BT.shape[1] == 1
+        if key_positions_BS is not None and newest and unlimited:
+            return None
+        return self._mask(key_positions_BS, window_size, None, torch.float32)
+
+    def _mask(
+        self,
+        key_positions_BS: Tensor | None,
+        window_size: int | None,
+        slopes_H: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        keys_BS = self.positions_BT if key_positions_BS is None else key_positions_BS
         distance_BTS = self.positions_BT[:, :, None] - keys_BS[:, None, :]
         visible_BTS = distance_BTS >= 0
         if key_positions_BS is not None:

@@ -23,6 +23,7 @@ from fathom.layers.step import Step
 from fathom.model.block import Block, BlockOutput
 from fathom.model.mtp import IGNORE, MTPModule, MTPOutput, shorten, targets_ahead
 from fathom.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
+from fathom.ops.linear import linear
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
 
     def logits(self, states_BTD: Tensor) -> Tensor:
         """The head on states after a final norm: ``[B, T, V]``."""
-        return nn.functional.linear(states_BTD, self.head_weight)
+        return linear(states_BTD, self.head_weight)
 
     def predict_ahead(
         self, tokens_BT: Tensor, hidden: Hidden, step: Step

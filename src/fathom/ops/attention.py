@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fathom.ops.cpu_attention import cpu_attention
+from fathom.ops.cpu_attention import cpu_attention, plain_cpu_attention
 from fathom.ops.registry import (
     Impl,
     Implementations,
@@ -59,24 +59,25 @@ def attention(
         v_BSGV: values; V may differ from Q.
         scale: what a score is multiplied by.
         mask: broadcastable to ``[B, H, T, S]``: bool (True: visible) or float (added to a score).
-        causal: query t sees keys 0 to t; needs T == S and no mask.
+        causal: query t sees keys 0 to t, a single query all; needs no mask, and T == S or T == 1.
         impl: which implementation; ``torch`` refuses empty inputs and masks that want a gradient.
 
     The softmax is in float32 (float64 for float64), the result in q's dtype. A query that sees
     nothing gives zeros and passes no gradient back.
 
     Raises:
-        ValueError: G does not divide H, ``causal`` with a mask or T != S, a refused ``impl``.
+        ValueError: G does not divide H, a ``causal`` that cannot be, a refused ``impl``.
     """
     q_BTHQ, k_BSGQ, v_BSGV = autocast(q_BTHQ, k_BSGQ, v_BSGV)
     length, heads = q_BTHQ.shape[1:3]
     if heads % k_BSGQ.shape[2]:
         raise ValueError(f"{heads} query heads do not divide among {k_BSGQ.shape[2]} key heads")
-    if causal and (mask is not None or length != k_BSGQ.shape[1]):
+    if causal and (mask is not None or length not in (1, k_BSGQ.shape[1])):
         raise ValueError(
             f"causal=True needs as many keys as queries and no mask, got {length} queries and "
             f"{k_BSGQ.shape[1]} keys; say what is visible in mask instead"
         )
+    causal = causal and length > 1
     masks = () if mask is None else (mask,)
     chosen = choose(ATTENTION, impl, q_BTHQ, k_BSGQ, v_BSGV, *masks)
     run = attention_reference if chosen == "reference" else torch_attention
@@ -137,7 +138,8 @@ def torch_attention(
     shared = q_BTHQ.shape[2] != k_BSGQ.shape[2]
     few = unequal and shared and q_BTHQ.shape[1] <= FEW_QUERIES and not causal
     if q_BTHQ.device.type == "cpu" and not few:  # this kernel gives a blind query zeros by itself
-        return cpu_attention(q_BTHQ, k_BSGQ, v_BSGV, bias, causal, scale)[0]
+        run = cpu_attention if unequal or torch.is_grad_enabled() else plain_cpu_attention
+        return run(q_BTHQ, k_BSGQ, v_BSGV, bias, causal, scale)[0]
     sees_BTH1 = None
     if bias is not None:
         bias, sees_BTH1 = sighted(bias)

@@ -60,6 +60,17 @@ def _backward_cpu(ctx: Any, grad_BTHV: Tensor, _: Tensor) -> tuple[Tensor | None
     return *grads, None, None, None
 
 
+def plain_cpu_attention(
+    q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash kernel, every width padded with zeros to the largest."""
+    q, k, v = _padded(q_BTHQ, k_BSGQ, v_BSGV)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return out.transpose(1, 2)[..., : v_BSGV.shape[3]], lse.transpose(1, 2)
+
+
 @op(
     "cpu_attention",
     fake=_fake_cpu,
@@ -75,13 +86,9 @@ def cpu_attention(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash kernel, every width padded with zeros to the largest."""
-    q, k, v = _padded(q_BTHQ, k_BSGQ, v_BSGV)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-    )
-    out_BTHV = out.transpose(1, 2)[..., : v_BSGV.shape[3]]
-    return out_BTHV.contiguous(), lse.transpose(1, 2).contiguous()
+    """The same as an op, with a gradient and FLOPs of the true widths."""
+    out_BTHV, lse_BTH = plain_cpu_attention(q_BTHQ, k_BSGQ, v_BSGV, bias, causal, scale)
+    return out_BTHV.contiguous(), lse_BTH.contiguous()
 
 
 @op(

@@ -22,7 +22,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     value promote to.
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype == wide(x.dtype):
-        return _WideRMSNorm.apply(x, weight, eps)
+        if torch.is_grad_enabled():
+            return _WideRMSNorm.apply(x, weight, eps)
+        return (x * _factor(x, eps)).mul_(weight)
     return rms_norm_reference(x, weight, eps)
 
 
@@ -33,6 +35,11 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x_wide * scale).to(x.dtype)
 
 
+def _factor(x: Tensor, eps: float) -> Tensor:
+    """``1 / rms(x)`` of each row."""
+    return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
 class _WideRMSNorm(torch.autograd.Function):
     """The same without casts, and with a backward of few passes over memory.
 
@@ -41,7 +48,7 @@ class _WideRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        scale = _factor(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
