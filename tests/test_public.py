@@ -154,7 +154,9 @@ class MeanAttention(Attention):
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
         keys_BS, (x_BSD,) = step.append(x_BTD)
         mask = step.mask(keys_BS)
-        seen_BTS = torch.ones(x_BTD.shape[1], x_BSD.shape[1]).tril() if mask is None else mask[:, 0]
+        n_new, n_all = x_BTD.shape[1], x_BSD.shape[1]
+        causal = torch.ones(n_new, n_all).tril(n_all - n_new)
+        seen_BTS = causal if mask is None else mask[:, 0]
         seen_BTS = seen_BTS.to(x_BTD.dtype).expand(x_BTD.shape[0], -1, -1)
         return self.wo(seen_BTS @ x_BSD / seen_BTS.sum(-1, keepdim=True))
 

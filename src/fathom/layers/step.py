@@ -135,7 +135,8 @@ class Step:
     ) -> Tensor | None:
         """What each query sees: bool ``[B, 1, T, S]``, or an additive bias.
 
-        None stands for plain causal; for a single query, which is the newest token, for all keys.
+        None stands for plain causal, the last query on the last key: with a cache, where one new
+        token sees all.
 
         Args:
             key_positions_BS: positions of the keys (-1: an empty slot), None for the step's own.
