@@ -27,14 +27,14 @@ from fathom.ops.registry import (
     Implementations,
     autocast,
     choose,
-    needs_triton_and_elements,
+    kernel_refusal,
     op,
     takes_all,
     wide,
+    width_refusal,
 )
 
 MAX_ROWS = 128  # heads that share a key head and a selection, in the kernel
-MAX_WIDTH = 256  # of queries, keys and values, in the kernel
 
 
 def masked_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
@@ -46,19 +46,9 @@ def masked_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     return ""
 
 
-def width_refusal(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What attention kernels need of queries, keys and values."""
-    if not q.dtype == k.dtype == v.dtype:
-        return f"it needs one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
-    widths = (q.shape[3], v.shape[3])
-    if any(width % 8 or width > MAX_WIDTH for width in widths):
-        return f"it needs widths that are multiples of 8 up to {MAX_WIDTH}, got {widths}"
-    return ""
-
-
-def kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+def block_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     """What the Triton kernels need."""
-    if reason := needs_triton_and_elements(device, dtype, *tensors):
+    if reason := kernel_refusal(device, dtype, *tensors):
         return reason
     if not tensors:
         return ""
@@ -71,7 +61,7 @@ def kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
 
 BLOCK_ATTENTION = Implementations(
     op="block_attention",
-    refusals={"triton": kernel_refusal, "torch": masked_refusal, "reference": takes_all},
+    refusals={"triton": block_kernel_refusal, "torch": masked_refusal, "reference": takes_all},
 )
 
 

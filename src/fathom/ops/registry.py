@@ -44,7 +44,7 @@ def needs_triton(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     return "" if HAS_TRITON else "it needs Triton, which is not installed"
 
 
-def needs_triton_and_elements(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+def kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     """The refusal of a kernel for tensors that are not empty, of at most float32."""
     if reason := needs_triton(device, dtype):
         return reason
@@ -52,6 +52,19 @@ def needs_triton_and_elements(device: str, dtype: torch.dtype, *tensors: Tensor)
         return f"it needs bfloat16, float16 or float32, got {dtype}"
     if any(t.numel() == 0 for t in tensors):
         return f"it needs tensors with elements, got shapes {[tuple(t.shape) for t in tensors]}"
+    return ""
+
+
+MAX_WIDTH = 256  # of queries, keys and values, in the kernels of attention
+
+
+def width_refusal(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> str:
+    """What the kernels of attention need of queries, keys and values."""
+    if not q.dtype == k.dtype == v.dtype:
+        return f"it needs one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+    widths = (q.shape[-1], v.shape[-1])
+    if any(width % 8 or width > MAX_WIDTH for width in widths):
+        return f"it needs widths that are multiples of 8 up to {MAX_WIDTH}, got {widths}"
     return ""
 
 

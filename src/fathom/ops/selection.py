@@ -12,18 +12,44 @@ Shapes: B batch, T queries, E entries, H query heads, G key heads, R = H / G hea
 query and key width, J blocks of a document, N = topk_blocks.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from fathom.ops.chunks import by_queries, chunk_size
 from fathom.ops.range_attention import in_range
-from fathom.ops.registry import Impl, Implementations, choose, no_kernel, takes_all, wide
+from fathom.ops.registry import (
+    Impl,
+    Implementations,
+    choose,
+    kernel_refusal,
+    op,
+    takes_all,
+    wide,
+    width_refusal,
+)
+
+MAX_ROWS = 128  # heads that share a key head, in the kernels
+
+
+def selection_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What the Triton kernels need."""
+    if reason := kernel_refusal(device, dtype, *tensors):
+        return reason
+    if not tensors:
+        return ""
+    q, k = tensors
+    if (rows := q.shape[2] // k.shape[2]) > MAX_ROWS:
+        return f"it needs at most {MAX_ROWS} query heads for a key head, got {rows}"
+    return width_refusal(q, k, k)
+
 
 SELECT_BY_MEAN = Implementations(
-    op="select_by_mean", refusals={"triton": no_kernel, "reference": takes_all}
+    op="select_by_mean", refusals={"triton": selection_kernel_refusal, "reference": takes_all}
 )
 SELECT_BY_IMPORTANCE = Implementations(
-    op="select_by_importance", refusals={"triton": no_kernel, "reference": takes_all}
+    op="select_by_importance", refusals={"triton": selection_kernel_refusal, "reference": takes_all}
 )
 
 
@@ -57,7 +83,10 @@ def select_by_mean(
         ``starts_BTHN``, int32: the first key of each block, the current block's first, then by
         score, ties to the earlier block; -1 where there are no more. As ``block_attention`` wants.
     """
-    choose(SELECT_BY_MEAN, impl, q_BTHQ, means_BEGQ)
+    if choose(SELECT_BY_MEAN, impl, q_BTHQ, means_BEGQ) == "triton":
+        counts = (lows_BT, highs_BT, positions_BT, places_BT)
+        tensors = [q_BTHQ, means_BEGQ, *(t.to(torch.int32) for t in counts)]
+        return _select_by_mean([t.contiguous() for t in tensors], block_size, topk_blocks)
     share = q_BTHQ.shape[2] // means_BEGQ.shape[2]
     means_BEHQ = means_BEGQ.repeat_interleave(share, dim=2).to(wide(means_BEGQ.dtype))
     n_entries = means_BEGQ.shape[1]
@@ -136,7 +165,11 @@ def select_by_importance(
             f"cmp_stride must divide cmp_block_size and block_size, got {cmp_stride}, "
             f"{cmp_block_size} and {block_size}"
         )
-    choose(SELECT_BY_IMPORTANCE, impl, q_BTHQ, k_BEGQ)
+    if choose(SELECT_BY_IMPORTANCE, impl, q_BTHQ, k_BEGQ) == "triton":
+        counts = (lows_BT, highs_BT, positions_BT, places_BT)
+        tensors = [q_BTHQ, k_BEGQ, *(t.to(torch.int32) for t in counts)]
+        blocks = [cmp_block_size, cmp_stride, block_size, topk_blocks, n_initial, n_local]
+        return _select_by_importance([t.contiguous() for t in tensors], scale, blocks)
     k_BEGQ = k_BEGQ.to(wide(k_BEGQ.dtype))
     n_entries, groups = k_BEGQ.shape[1:3]
     n_blocks = -(-(n_entries * cmp_stride + cmp_block_size) // block_size)
@@ -196,3 +229,36 @@ def best(scores: Tensor, count: int) -> Tensor:
     chosen = order.indices.masked_fill(order.values == float("-inf"), -1)[..., :count]
     missing = count - chosen.shape[-1]
     return torch.nn.functional.pad(chosen, (0, missing), value=-1)
+
+
+@op(
+    "select_by_mean",
+    fake=lambda tensors, block_size, topk_blocks: tensors[0].new_empty(
+        *tensors[0].shape[:3], topk_blocks, dtype=torch.int32
+    ),
+    flops=lambda tensors, *_: 2 * math.prod(tensors[0]) * tensors[1][1],
+)
+def _select_by_mean(tensors: list[Tensor], block_size: int, topk_blocks: int) -> Tensor:
+    """FLOPs are counted as if every query saw every entry: bounds are data."""
+    from fathom.ops.triton import selection as kernels
+
+    q, means, lows, highs, positions, places = tensors
+    return kernels.select_by_mean(q, means, lows, highs, positions, places, block_size, topk_blocks)
+
+
+@op(
+    "select_by_importance",
+    fake=lambda tensors, scale, blocks: tensors[0].new_empty(
+        *tensors[0].shape[:2], tensors[1].shape[2], blocks[3], dtype=torch.int32
+    ),
+    flops=lambda tensors, *_: 4 * math.prod(tensors[0]) * tensors[1][1],
+)
+def _select_by_importance(tensors: list[Tensor], scale: float, blocks: list[int]) -> Tensor:
+    """``blocks``: the sizes and counts of ``select_by_importance``, in the order of its arguments.
+
+    Scores are computed twice, once for their sum. FLOPs as if every query saw every entry.
+    """
+    from fathom.ops.triton import selection as kernels
+
+    q, k, lows, highs, positions, places = tensors
+    return kernels.select_by_importance(q, k, lows, highs, positions, places, scale, *blocks)

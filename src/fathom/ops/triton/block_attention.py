@@ -28,6 +28,7 @@ from torch import Tensor
 from fathom.ops.triton.block_lists import Lists, chunks, lists
 from fathom.ops.triton.softmax import (
     LOG2_E,
+    Tile,
     finish_softmax,
     load_rows,
     online_softmax,
@@ -37,21 +38,6 @@ from fathom.ops.triton.softmax import (
 FEW_HEADS = 8  # below this many heads per selection, rows are gathered by block
 CHUNK_ROWS = 65_536  # rows of a chunk of a list, for the gradients of keys and values
 MERGED = 16  # rows that a program merges
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel is cut: keys and rows of a tile, warps, stages of its pipeline."""
-
-    keys: int
-    rows: int
-    warps: int
-    stages: int
-
-    def options(self, *, rows: bool = True) -> dict[str, int]:
-        sizes = {"KEYS": self.keys} | ({"ROWS": self.rows} if rows else {})
-        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
-
 
 TILES = {  # bf16 and float16, widths up to 128
     "forward_by_query": Tile(64, 16, 4, 3),

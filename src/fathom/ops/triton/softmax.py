@@ -6,11 +6,26 @@ weights of exactly 0 for it.
 """
 
 import math
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
 LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut: keys and rows of a tile, warps, stages of its pipeline."""
+
+    keys: int
+    rows: int
+    warps: int
+    stages: int
+
+    def options(self, *, rows: bool = True) -> dict[str, int]:
+        sizes = {"KEYS": self.keys} | ({"ROWS": self.rows} if rows else {})
+        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @triton.jit
