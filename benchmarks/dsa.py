@@ -1,6 +1,6 @@
 """DSA's parts on one GPU at DeepSeek-V3.2's widths, against dense MLA through cuDNN.
 
-    python benchmarks/dsa.py [--out DIR] [--lengths 16384,65536]
+    python benchmarks/dsa.py [--out DIR] [--parts cores,index,teach,layer]
 
 128 heads, keys of 512 + 64 channels, 2048 tokens a query; 64 index heads of 128; one row, bfloat16,
 median of the repeats. Selections are of two kinds: *random*, drawn for each query evenly over what
@@ -11,17 +11,23 @@ TFLOP/s count the selected pairs alone: 2 products forward, 5 backward.
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from records import limits, milliseconds, row, spread, write
 from torch import Tensor
 
-from fathom.ops import attention, index_topk, token_attention
+from fathom.attention import AttentionConfig
+from fathom.layers.step import Step
+from fathom.ops import attention, index_loss, index_topk, token_attention
+from fathom.ops.indexer import quantise_rows
 from fathom.ops.triton import indexer as indexer_kernel
 from fathom.ops.triton import token_attention as kernel
+from fathom.presets import preset
 
 HEADS, LATENT, ROPE, TOPK = 128, 512, 64, 2048
 INDEX_HEADS, INDEX_DIM = 64, 128
+DIM = 7168
 SCALE = 192**-0.5
 CUDNN = {16384: (54.6, 406), 65536: (333, 279)}  # cudnn-frontend 1.32's DSA backward, an H100
 
@@ -124,12 +130,43 @@ def index(length: int) -> list[dict]:
     before = torch.cuda.memory_allocated()
     found = timed(lambda: index_topk(q, k, weight, places, places * 0, topk=TOPK), repeats=2)
     extra = (torch.cuda.max_memory_allocated() - before) / 2**30
-    peers = {16384: 4.6 + 0.61, 65536: 75.4 + 7.8}  # cudnn-frontend 1.32: scores, then top-k
+    (q8, q_scale), (k8, k_scale) = quantise_rows(q), quantise_rows(k)
+    inputs = q8, k8, weight * q_scale, places, places * 0
+    small = timed(lambda: index_topk(*inputs, topk=TOPK, k_scale_BS=k_scale), repeats=2)
+    peers = {16384: 4.6 + 0.61, 65536: 75.4 + 7.8}  # cudnn-frontend 1.32, bf16: scores, then top-k
     given = {"cudnn-frontend": peers[length]} if length in peers else {}
     return [
         line(case, "index_topk", "ms", found, **given),
+        line(case, "index_topk_fp8", "ms", small, **given),
         line(case, "index_topk_memory", "GiB", (extra, 0.0)),
         *select_alone(case, length),
+    ]
+
+
+def teach(length: int) -> list[dict]:
+    """The indexer's loss on the selected tokens with its gradients: target, scores, backward."""
+    case = f"dsa-{length // 1024}k"
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    q = torch.randn(1, length, INDEX_HEADS, INDEX_DIM, **bf16).requires_grad_()
+    k = torch.randn(1, length, INDEX_DIM, **bf16)
+    weight = torch.randn(1, length, INDEX_HEADS, device="cuda") / (INDEX_HEADS * INDEX_DIM) ** 0.5
+    main_q = torch.randn(1, length, HEADS, LATENT + ROPE, **bf16)
+    main_k = torch.randn(1, length, 1, LATENT + ROPE, **bf16)
+    places = torch.arange(length, device="cuda")[None]
+    selected = selection(length, 64)[None]
+
+    def loss() -> Tensor:
+        main = main_q, main_k, places, places * 0
+        return index_loss(q, k, weight, *main, scale=SCALE, selected_BTN=selected)
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = timed(loss, repeats=2)
+    extra = (torch.cuda.max_memory_allocated() - before) / 2**30
+    peers = {"cudnn-frontend": 12.0 + 7.8} if length == 16384 else {}
+    return [
+        line(case, "index_loss_smooth", "ms", found, **peers),
+        line(case, "index_loss_memory", "GiB", (extra, 0.0)),
     ]
 
 
@@ -149,17 +186,57 @@ def select_alone(case: str, length: int) -> list[dict]:
     ]
 
 
+def layer(length: int) -> list[dict]:
+    """The whole attention layer, forward, projections and selection included, beside MLA's."""
+    attention = preset("deepseek-v3.2").groups[0].attention
+    small = replace(attention, index_fp8=True)
+    mla = preset("deepseek-v3").groups[0].attention
+    x = torch.randn(1, length, DIM, device="cuda", dtype=torch.bfloat16)
+    ours, fp8, dense_time = (layer_time(cfg, x) for cfg in (attention, small, mla))
+    case = f"dsa-layer-{length // 1024}k"
+    return [
+        line(case, "forward", "ms", ours, mla=dense_time[0]),
+        line(case, "forward_fp8_index", "ms", fp8, mla=dense_time[0]),
+    ]
+
+
+@torch.no_grad()
+def layer_time(cfg: AttentionConfig, x: Tensor) -> tuple[float, float]:
+    with torch.device("cuda"):
+        built = cfg.build(DIM).to(torch.bfloat16)
+    for parameter in built.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.02)
+        else:
+            parameter.fill_(1)
+    step = Step.full(x[..., 0])
+    found = timed(lambda: built(x, step), repeats=2)
+    torch.cuda.empty_cache()
+    return found
+
+
+PARTS = {  # what runs at which lengths
+    "cores": (cores, (16384, 65536)),
+    "index": (index, (16384, 65536)),
+    "teach": (teach, (16384, 65536)),
+    "layer": (layer, (4096, 8192, 16384, 32768, 65536)),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--lengths", default="16384,65536")
-    lengths = [int(n) for n in parser.parse_known_args()[0].lengths.split(",")]
+    parser.add_argument("--parts", default=",".join(PARTS))
+    names = parser.parse_known_args()[0].parts.split(",")
     torch.manual_seed(0)
     machine, rows = limits(), []
-    for length in lengths:
-        for part in (cores, index):
+    for name in names:
+        part, lengths = PARTS[name]
+        for length in lengths:
             rows += part(length)
             torch.cuda.empty_cache()
-    write("sparse_attention_dsa", rows, machine)
+    write(
+        "sparse_attention_dsa" if len(names) > 1 else f"sparse_attention_dsa_{name}", rows, machine
+    )
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ KINDS: dict[str, AttentionConfig] = {
     "dsa-short": dsa(index_topk=64),
     "dsa-warmup": dsa(index_warmup=True),
     "dsa-yarn": dsa(YARN),
+    "dsa-fp8": dsa(index_head_dim=16, index_fp8=True),
     "nsa": nsa(),
     "nsa-shared-mean-rotated": nsa(
         share_kv=True, compression="mean", compress_rotated=True, gate_per="token"

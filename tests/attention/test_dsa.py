@@ -184,6 +184,7 @@ def test_a_selection_that_cannot_be_shared_is_refused(attentions, mtp, words):
     ("changes", "words"),
     [
         ({"index_head_dim": 6}, "index_head_dim must be at least qk_rope_head_dim"),
+        ({"index_fp8": True}, "index_head_dim that is a power of two, got 10"),
         ({"index_topk": 0}, "index_topk must be at least 1"),
         ({"index_loss_coeff": -1.0}, "index_loss_coeff must be at least 0"),
     ],
@@ -191,6 +192,12 @@ def test_a_selection_that_cannot_be_shared_is_refused(attentions, mtp, words):
 def test_a_dsa_that_cannot_be_is_refused_by_name(changes, words):
     with pytest.raises(ValueError, match=words):
         dsa(**changes)
+
+
+def test_index_keys_in_fp8_take_132_bytes_at_a_width_of_128():
+    cfg = dsa(index_head_dim=128, index_fp8=True)
+    streams = {stream.name: stream.num_bytes(1000) for stream in cfg.streams()}
+    assert streams["index_k"] + streams["index_k_scale"] == 132 * 1000
 
 
 def test_flops_stop_growing_with_the_selected_tokens_but_for_the_indexer():

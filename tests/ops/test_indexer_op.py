@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fathom.ops import chunks
-from fathom.ops.indexer import index_loss, index_scores, index_topk
+from fathom.ops.indexer import hadamard, index_loss, index_scores, index_topk, quantise_rows
 
 B, T, J, W, H, G, Q = 2, 13, 3, 6, 4, 2, 5
 BEGINS = torch.tensor([[0] * 5 + [5] * 8, [0] * 1 + [1] * 12])  # two documents a row
@@ -55,6 +55,35 @@ def test_scores_are_weighted_relus_of_dot_products():
         for b in range(B):
             want[b] += weight[b, :, j, None] * (q[b, :, j] @ k[b].T).clamp(min=0)
     torch.testing.assert_close(index_scores(q, k, weight), want)
+
+
+def test_the_hadamard_transform_keeps_dot_products_and_spreads_a_spike():
+    a, b = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(hadamard(a) @ hadamard(b).T, a @ b.T)
+    spike = torch.zeros(16)
+    spike[3] = 8
+    assert hadamard(spike).abs().tolist() == [2.0] * 16
+
+
+def test_quantised_rows_differ_by_a_sixteenth_at_most_and_their_factors_are_powers_of_two():
+    x = torch.randn(50, 32) * 10 ** torch.linspace(-2, 3, 50)[:, None]
+    small, scale = quantise_rows(x)
+    assert torch.equal(scale.log2(), scale.log2().round())
+    back = small.float() * scale[:, None]
+    largest = x.abs().amax(-1, keepdim=True)
+    assert ((back - x).abs() <= x.abs() / 16 + largest * 2**-16).all()
+    assert (small.float().abs().amax(-1) > 220).all()  # the range is used
+
+
+def test_scores_in_fp8_select_nearly_the_same_tokens():
+    torch.manual_seed(0)
+    q, k, weight = torch.randn(1, 64, 16, 32), torch.randn(1, 64, 32), torch.randn(1, 64, 16)
+    at = torch.arange(64)[None]
+    want = index_topk(q, k, weight, at, at * 0, topk=16)
+    (q8, q_scale), (k8, k_scale) = quantise_rows(hadamard(q)), quantise_rows(hadamard(k))
+    found = index_topk(q8, k8, weight * q_scale, at, at * 0, topk=16, k_scale_BS=k_scale)
+    same = (found[0, 16:, :, None] == want[0, 16:, None]).any(-1).float().mean().item()
+    assert 0.9 < same < 1
 
 
 def expected_loss(

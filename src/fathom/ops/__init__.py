@@ -12,7 +12,7 @@ from fathom.ops.block_attention import BLOCK_ATTENTION, block_attention
 from fathom.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy, token_cross_entropy
 from fathom.ops.experts import EXPERTS, experts
 from fathom.ops.grouped_mm import GROUPED_MM, grouped_mm
-from fathom.ops.indexer import INDEX_TOPK, index_loss, index_topk
+from fathom.ops.indexer import INDEX_LOSS, INDEX_TOPK, index_loss, index_topk
 from fathom.ops.norm import rms_norm
 from fathom.ops.permute import PERMUTE, Permutation, combine, gather, sort_by_expert
 from fathom.ops.range_attention import RANGE_ATTENTION, range_attention
@@ -67,6 +67,7 @@ OPS = {
     "cross_entropy": CROSS_ENTROPY,
     "experts": EXPERTS,
     "grouped_mm": GROUPED_MM,
+    "index_loss": INDEX_LOSS,
     "index_topk": INDEX_TOPK,
     "norm": _plain("norm"),
     "permute": PERMUTE,

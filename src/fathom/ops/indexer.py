@@ -21,13 +21,15 @@ from fathom.ops.chunks import spans
 from fathom.ops.registry import Impl, Implementations, choose, op, takes_all
 from fathom.ops.registry import wide as wide_dtype
 
+E4M3_MAX = 448.0
+
 
 def triton_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     """What the kernel needs."""
     if device != "cuda":
         return f"it needs CUDA tensors, got {device}"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {dtype}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn):
+        return f"it needs bfloat16, float16, float32 or float8_e4m3fn, got {dtype}"
     if any(t.numel() == 0 for t in tensors):
         return f"it needs queries and keys, got shapes {[tuple(t.shape) for t in tensors]}"
     return ""
@@ -38,17 +40,62 @@ INDEX_TOPK = Implementations(
 )
 
 
-def index_scores(q_BTJI: Tensor, k_BSI: Tensor, weight_BTJ: Tensor) -> Tensor:
+def loss_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
+    """What the kernels of the loss need of index and main queries and keys, and the selection."""
+    if reason := triton_refusal(device, dtype, *tensors):
+        return reason
+    if len(tensors) == 4:
+        return "it needs selected tokens: over all of them PyTorch's products run"
+    if not tensors:
+        return ""
+    width, groups, main_width = tensors[0].shape[-1], *tensors[3].shape[2:]
+    rest = main_width - (1 << (main_width.bit_length() - 1))
+    if groups > 1 or rest < 16 or rest & (rest - 1):
+        return f"it needs one main key of two powers of two, got {groups} of {main_width}"
+    if width < 32 or width & (width - 1) or tensors[0].shape[2] > 128:
+        return f"it needs at most 128 index heads of 32, 64, 128, ... channels, got {width}"
+    return ""
+
+
+INDEX_LOSS = Implementations(
+    op="index_loss", refusals={"triton": loss_refusal, "reference": takes_all}
+)
+
+
+def index_scores(
+    q_BTJI: Tensor, k_BSI: Tensor, weight_BTJ: Tensor, k_scale_BS: Tensor | None = None
+) -> Tensor:
     """``sum_j w[t,j] relu(q[t,j] . k[s])``, ``[B, T, S]``, float32 (float64 for float64).
 
     Args:
         q_BTJI: index queries.
         k_BSI: index keys, one per token, shared by all index heads.
         weight_BTJ: weight of each head for each query, of either sign.
+        k_scale_BS: what a token's scores are multiplied by, above 0; None: 1.
     """
-    dtype = wide_dtype(q_BTJI.dtype)
+    dtype = wide_dtype(weight_BTJ.dtype)
     z_BTJS = torch.einsum("btji,bsi->btjs", q_BTJI.to(dtype), k_BSI.to(dtype)).relu()
-    return torch.einsum("btjs,btj->bts", z_BTJS, weight_BTJ.to(dtype))
+    scores_BTS = torch.einsum("btjs,btj->bts", z_BTJS, weight_BTJ.to(dtype))
+    return scores_BTS if k_scale_BS is None else scores_BTS * k_scale_BS[:, None].to(dtype)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The normalised Hadamard transform of the last dimension, a power of two.
+
+    It leaves dot products as they are and spreads what stands out over all channels.
+    """
+    width, half = x.shape[-1], 1
+    while half < width:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x, half = torch.stack([a + b, a - b], dim=-2).flatten(-3), 2 * half
+    return x * width**-0.5
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in E4M3, and for each the power of two, float32, that multiplies it back."""
+    largest = x.abs().amax(-1).float().clamp(min=1e-4)
+    scale = torch.exp2(torch.ceil(torch.log2(largest / E4M3_MAX)))
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def index_topk(
@@ -59,12 +106,13 @@ def index_topk(
     begins_BT: Tensor,
     *,
     topk: int,
+    k_scale_BS: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """The visible tokens of highest index score, int32 ``[B, T, min(topk, S)]``, -1 for none.
 
     Args:
-        q_BTJI, k_BSI, weight_BTJ: as of :func:`index_scores`.
+        q_BTJI, k_BSI, weight_BTJ, k_scale_BS: as of :func:`index_scores`; q and k may be in E4M3.
         places_BT: each query's own index among the keys: the last that it sees.
         begins_BT: the first that it sees.
         topk: how many to select.
@@ -80,7 +128,7 @@ def index_topk(
         raise ValueError(f"topk must be at least 1, got {topk}")
     q_BTJI, k_BSI, weight_BTJ = (t.detach() for t in (q_BTJI, k_BSI, weight_BTJ))
     chosen = choose(INDEX_TOPK, impl, q_BTJI, k_BSI, weight_BTJ)
-    return _index_topk(q_BTJI, k_BSI, weight_BTJ, places_BT, begins_BT, topk, chosen)
+    return _index_topk(q_BTJI, k_BSI, weight_BTJ, k_scale_BS, places_BT, begins_BT, topk, chosen)
 
 
 def visible(places_BT: Tensor, begins_BT: Tensor, n_keys: int) -> Tensor:
@@ -95,7 +143,7 @@ def _topk_flops(q: Sequence[int], k: Sequence[int], *_: Any) -> int:
 
 @op(
     "index_topk",
-    fake=lambda q, k, w, places, begins, topk, impl: q.new_empty(
+    fake=lambda q, k, w, scale, places, begins, topk, impl: q.new_empty(
         *q.shape[:2], min(topk, k.shape[1]), dtype=torch.int32
     ),
     flops=_topk_flops,
@@ -104,6 +152,7 @@ def _index_topk(
     q_BTJI: Tensor,
     k_BSI: Tensor,
     weight_BTJ: Tensor,
+    k_scale_BS: Tensor | None,
     places_BT: Tensor,
     begins_BT: Tensor,
     topk: int,
@@ -115,10 +164,11 @@ def _index_topk(
         from fathom.ops.triton import indexer as kernel
 
         topk = min(topk, n_keys)
-        return kernel.index_topk(q_BTJI, k_BSI, weight_BTJ, places_BT, begins_BT, topk)
+        tensors = q_BTJI, k_BSI, weight_BTJ, k_scale_BS, places_BT, begins_BT
+        return kernel.index_topk(*tensors, topk)
     out_BTN = places_BT.new_empty(batch, n_queries, min(topk, n_keys), dtype=torch.int32)
     for c in spans(n_queries, batch * n_heads * n_keys):
-        scores_BCS = index_scores(q_BTJI[:, c], k_BSI, weight_BTJ[:, c])
+        scores_BCS = index_scores(q_BTJI[:, c], k_BSI, weight_BTJ[:, c], k_scale_BS)
         seen_BCS = visible(places_BT[:, c], begins_BT[:, c], n_keys)
         scores_BCS = scores_BCS.masked_fill(~seen_BCS, float("-inf"))
         order_BCS = scores_BCS.sort(dim=-1, descending=True, stable=True).indices
@@ -138,6 +188,7 @@ def index_loss(
     *,
     scale: float,
     selected_BTN: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Mean over queries of ``KL(p || softmax(I))`` in nats, a float32 scalar (float64 for float64).
 
@@ -149,9 +200,16 @@ def index_loss(
         main_q_BTHQ: queries of the main attention.
         main_k_BSGQ: its keys; head h reads key head ``h // (H / G)``.
         scale: of the main attention's scores.
-        selected_BTN: over these tokens (-1: none); None: over all that are visible.
+        selected_BTN: over these tokens (-1: none, but at least one a query); None: over all that
+            are visible.
+        impl: which implementation.
+
+    Raises:
+        ValueError: a refused ``impl``.
     """
     trained = any(t.requires_grad for t in (q_BTJI, k_BSI, weight_BTJ))
+    tokens = () if selected_BTN is None else (selected_BTN,)
+    chosen = choose(INDEX_LOSS, impl, q_BTJI, k_BSI, main_q_BTHQ, main_k_BSGQ, *tokens)
     loss, *_ = _index_loss(
         q_BTJI,
         k_BSI,
@@ -163,8 +221,16 @@ def index_loss(
         scale,
         selected_BTN,
         trained and torch.is_grad_enabled(),
+        chosen,
     )
     return loss
+
+
+def rows_of_all(k_BSI: Tensor, selected_BTN: Tensor) -> Tensor:
+    """A selection as indices into the keys of all rows, ``[B T, N]``; -1 stays."""
+    first_B = torch.arange(len(k_BSI), device=k_BSI.device, dtype=torch.int32) * k_BSI.shape[1]
+    there = selected_BTN >= 0
+    return (selected_BTN + first_B[:, None, None]).where(there, -1).flatten(0, 1).contiguous()
 
 
 def gathered(x_BSF: Tensor, selected_BCN: Tensor) -> Tensor:
@@ -217,7 +283,7 @@ def _fake_loss(
     q: Tensor, k: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = wide_dtype(q.dtype)
-    grads = [t.new_empty(t.shape if rest[-1] else 0, dtype=dtype) for t in (q, k, weight)]
+    grads = [t.new_empty(t.shape if rest[-2] else 0, dtype=dtype) for t in (q, k, weight)]
     return q.new_empty((), dtype=dtype), grads[0], grads[1], grads[2]
 
 
@@ -232,6 +298,7 @@ def _loss_flops(
     scale: float,
     selected: Sequence[int] | None,
     need_grads: bool,
+    impl: str,
 ) -> int:
     pairs = q[0] * q[1] * (k[1] if selected is None else selected[2])
     return 2 * pairs * (q[2] * q[3] * (1 + 2 * need_grads) + main_q[2] * main_q[3])
@@ -245,7 +312,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *((grad * t).to(dtype) for t, dtype in pairs), *[None] * 7
+    return *((grad * t).to(dtype) for t, dtype in pairs), *[None] * 8
 
 
 @op("index_loss", fake=_fake_loss, flops=_loss_flops, setup=_setup, backward=_backward)
@@ -260,8 +327,28 @@ def _index_loss(
     scale: float,
     selected_BTN: Tensor | None,
     need_grads: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and, while a chunk's scores are there, its gradients; no elements if not needed."""
+    if impl == "triton":
+        assert selected_BTN is not None
+        from fathom.ops.triton import index_loss as kernel
+
+        total, grads = kernel.index_loss(
+            q_BTJI.flatten(0, 1).contiguous(),
+            k_BSI.flatten(0, 1).contiguous(),
+            weight_BTJ.flatten(0, 1).float().contiguous(),
+            main_q_BTHQ.flatten(0, 1).contiguous(),
+            main_k_BSGQ.flatten(0, 2).contiguous(),
+            rows_of_all(k_BSI, selected_BTN),
+            scale,
+            need_grads,
+        )
+        if not need_grads:
+            return total, grads[0], grads[1], grads[2]
+        shapes = q_BTJI.shape, k_BSI.shape, weight_BTJ.shape
+        dq, dk, dweight = (grad.view(shape) for grad, shape in zip(grads, shapes, strict=True))
+        return total, dq, dk, dweight
     dtype = wide_dtype(q_BTJI.dtype)
     q_BTJI, k_BSI, weight_BTJ, main_q, main_k = (
         t.to(dtype) for t in (q_BTJI, k_BSI, weight_BTJ, main_q_BTHQ, main_k_BSGQ)

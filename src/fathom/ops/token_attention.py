@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fathom.ops.block_attention import block_attention, masked_refusal
+from fathom.ops.indexer import rows_of_all
 from fathom.ops.registry import Impl, Implementations, autocast, choose, op, takes_all
 
 MAX_NUMBERS = 2**31  # of all keys: what an int32 offset reaches
@@ -87,13 +88,6 @@ def token_attention(
     )
 
 
-def _rows(k_BSF: Tensor, selected_BTN: Tensor) -> Tensor:
-    """The selection as indices into the keys of all rows, ``[B T, N]``."""
-    first_B = torch.arange(len(k_BSF), device=k_BSF.device, dtype=torch.int32) * k_BSF.shape[1]
-    there = selected_BTN >= 0
-    return (selected_BTN + first_B[:, None, None]).where(there, -1).flatten(0, 1).contiguous()
-
-
 def _fake(
     q: Tensor, k: Tensor, selected: Tensor, value_dim: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -136,7 +130,7 @@ def _token_attention_backward(
         grad_BTHC.flatten(0, 1).contiguous(),
         q_BTHF.flatten(0, 1).contiguous(),
         k_BSF.flatten(0, 1).contiguous(),
-        _rows(k_BSF, selected_BTN),
+        rows_of_all(k_BSF, selected_BTN),
         out_BTHC.flatten(0, 1),
         lse_BTH.flatten(0, 1),
         scale,
@@ -160,5 +154,7 @@ def _token_attention(
     from fathom.ops.triton import token_attention as kernel
 
     q_MHF, k_SF = q_BTHF.flatten(0, 1).contiguous(), k_BSF.flatten(0, 1).contiguous()
-    out_MHC, lse_MH = kernel.forward(q_MHF, k_SF, _rows(k_BSF, selected_BTN), value_dim, scale)
+    out_MHC, lse_MH = kernel.forward(
+        q_MHF, k_SF, rows_of_all(k_BSF, selected_BTN), value_dim, scale
+    )
     return out_MHC.view(*q_BTHF.shape[:3], value_dim), lse_MH.view(q_BTHF.shape[:3])

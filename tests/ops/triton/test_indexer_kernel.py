@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fathom.ops.indexer import _index_topk, index_scores, triton_refusal
+from fathom.ops.indexer import _index_topk, index_scores, quantise_rows, triton_refusal
 from fathom.ops.triton import indexer as kernels
+from ops.guards import Guards
 from ops.hopper import SHARED_LIMIT, Source, build
 
 SHAPES = {  # B, T, S, J, W, topk
@@ -42,24 +43,33 @@ def test_the_selection_is_the_references(shape, equal):
     q, k, weight, places, begins = tensors(shape)
     if equal:  # scores of whole numbers, among them many of 0 and -0
         q, k, weight = q.round(), k.round(), weight.sign()
-    found = _index_topk(q, k, weight, places, begins, shape[5], "triton")
-    want = _index_topk(q, k, weight, places, begins, shape[5], "reference")
+    scale = None if equal else torch.rand(k.shape[:2])
+    inputs = q, k, weight, scale, places, begins, shape[5]
+    found, want = (_index_topk(*inputs, impl) for impl in ("triton", "reference"))
     assert torch.equal(found.sort(-1).values, want.sort(-1).values)
     there = found >= 0
     assert torch.equal(there, there.sort(-1, descending=True).values)  # none stands behind
     assert all(row[row >= 0].diff().gt(0).all() for row in found.flatten(0, 1))  # in order
 
 
+def test_nothing_is_written_outside_of_what_is_allocated():
+    q, k, weight, places, begins = tensors(SHAPES["packed"])
+    with Guards() as guards:
+        kernels.index_topk(q, k, weight, None, places, begins, 5)
+    guards.check()
+
+
 TYPES = {
     **dict.fromkeys(("q", "k"), "*bf16"),
-    **dict.fromkeys(("weight", "scores"), "*fp32"),
+    **dict.fromkeys(("weight", "scores", "k_scale"), "*fp32"),
     **dict.fromkeys(("places", "begins", "selected"), "*i32"),
     **dict.fromkeys(("n_keys", "topk"), "i32:16"),
     "n_queries": "i32",
 }
 
 
-def source(name: str, tile: dict[str, int], **constants: int) -> Source:
+def source(name: str, tile: dict[str, int], **constants: int | str) -> Source:
+    """``constants`` may also give another type of q and k."""
     function = getattr(kernels, name)
     sizes = constants | {key: tile[key] for key in tile if key.isupper()}
     options = {key: tile[key] for key in tile if not key.isupper()}
@@ -74,28 +84,36 @@ SELECT = {"KEYS": 4096, "num_warps": 8, "num_stages": 2}
 
 
 def test_they_compile_for_hopper_without_spilling():
-    scores, select = build(
-        source("_scores", SCORES, J=64, W=128, WP=128), source("_select", SELECT)
+    widths = {"J": 64, "W": 128, "WP": 128}
+    scores, small, _ = built = build(
+        source("_scores", SCORES, SCALED=False, **widths),
+        source("_scores", SCORES, SCALED=True, q="*fp8e4nv", k="*fp8e4nv", **widths),
+        source("_select", SELECT),
     )
     assert scores.wgmma
-    assert not scores.spilled
-    assert not select.spilled
-    assert max(scores.shared, select.shared) <= SHARED_LIMIT
+    assert small.wgmma
+    assert not any(kernel.spilled for kernel in built)
+    assert max(kernel.shared for kernel in built) <= SHARED_LIMIT
 
 
 def test_the_kernel_says_what_it_needs():
     assert "CUDA tensors" in triton_refusal("cpu", torch.float32)
-    assert "bfloat16, float16 or float32" in triton_refusal("cuda", torch.float64)
+    assert "bfloat16, float16, float32 or float8" in triton_refusal("cuda", torch.float64)
     assert "queries and keys" in triton_refusal("cuda", torch.float32, torch.empty(0, 2))
     assert not triton_refusal("cuda", torch.bfloat16)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_selection_is_the_references_but_for_rounding():
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_on_a_gpu_the_selection_is_the_references_but_for_rounding(fp8):
     shape = 2, 700, 5000, 64, 128, 2048
     q, k, weight, places, begins = tensors(shape, "cuda", torch.bfloat16)
-    found = _index_topk(q, k, weight, places, begins, 2048, "triton")
-    scores = index_scores(q, k, weight)
+    scale = None
+    if fp8:
+        (q, q_scale), (k, scale) = quantise_rows(q), quantise_rows(k)
+        weight = weight * q_scale
+    found = _index_topk(q, k, weight, scale, places, begins, 2048, "triton")
+    scores = index_scores(q.float(), k.float(), weight, scale)
     for b, t in ((0, 0), (1, 350), (1, 699)):
         own = found[b, t][found[b, t] >= 0].long()
         first, last = int(begins[b, t]), int(places[b, t])

@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from fathom.ops.token_attention import _token_attention, token_attention, triton_refusal
 from fathom.ops.triton import token_attention as kernels
+from ops.guards import Guards
 from ops.hopper import SHARED_LIMIT, Source, build
 
 SHAPES = {  # B, T, S, H, C, R, N
@@ -69,6 +70,18 @@ def test_the_same_inputs_give_the_same_bits():
         out = kernel(q, k, selected, shape[4])
         twice.append((out, *torch.autograd.grad(out.square().sum(), (q, k))))
     assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
+
+
+def test_nothing_is_written_outside_of_what_is_allocated(monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 20_000)
+    shape = SHAPES["more-heads-than-a-tile"]
+    q, k, selected = tensors(shape)
+    q, k, rows = q[0], k[0], selected[0].contiguous()
+    with Guards() as guards:
+        out, lse = kernels.forward(q, k, rows, shape[4], 0.3)
+        dq, dk = kernels.backward(out, q, k, rows, out, lse, 0.3)
+    guards.check()
+    assert all(t.isfinite().all() for t in (out, dq, dk))
 
 
 def test_torch_sees_the_op_as_it_is():

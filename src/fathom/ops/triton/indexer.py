@@ -10,6 +10,8 @@ that share the digits found so far. A last pass writes the indices that lie abov
 equal to it the first, in the order of the keys: so ties go to the lowest index, and neighbouring
 tokens lie together for what gathers them.
 
+Queries and keys may be in E4M3: then their product is, and the factors of both come in afterwards.
+
 Shapes: M queries of all rows, J index heads, W index width, WP padded to a power of two, S keys
 of a row. Capital kernel arguments are constants.
 """
@@ -32,6 +34,7 @@ def _scores(
     q,
     k,
     weight,
+    k_scale,
     places,
     begins,
     scores,
@@ -40,6 +43,7 @@ def _scores(
     J: tl.constexpr,
     W: tl.constexpr,
     WP: tl.constexpr,
+    SCALED: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -62,6 +66,8 @@ def _scores(
         w_Q = tl.load(weight + queries.to(tl.int64) * J + head, mask=there, other=0.0)
         z_QK = tl.dot(q_QW, tl.trans(k_KW), input_precision="ieee")
         acc += tl.maximum(z_QK, 0.0) * w_Q[:, None]
+    if SCALED:
+        acc *= tl.load(k_scale + keys, mask=keys < n_keys, other=0.0)[None, :]
     into = scores + queries.to(tl.int64)[:, None] * n_keys + keys[None, :]
     tl.store(into, acc, mask=there[:, None] & (keys < n_keys)[None, :])
 
@@ -122,6 +128,7 @@ def index_topk(
     q_BTJI: Tensor,
     k_BSI: Tensor,
     weight_BTJ: Tensor,
+    k_scale_BS: Tensor | None,
     places_BT: Tensor,
     begins_BT: Tensor,
     topk: int,
@@ -143,6 +150,7 @@ def index_topk(
                 q_BTJI[b, c].contiguous(),
                 k_BSI[b].contiguous(),
                 weight_BTJ[b, c].float().contiguous(),
+                weight_BTJ if k_scale_BS is None else k_scale_BS[b].contiguous(),
                 places,
                 begins,
                 scores,
@@ -151,6 +159,7 @@ def index_topk(
                 heads,
                 width,
                 columns,
+                k_scale_BS is not None,
                 **tile,
             )
             select(scores[:count], places, begins, selected_BTN[b, c])
