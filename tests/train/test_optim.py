@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fathom.model import Decoder, build_model
+from fathom.train import optim
 from fathom.train.config import TrainConfig
 from fathom.train.optim import (
     Muon,
@@ -102,6 +103,24 @@ def test_muon_updates_each_expert_as_a_matrix_of_its_own():
         named = {f"{index}": weight for index, weight in enumerate(alone)}
         Muon(named, momentum=0.9, weight_decay=0.0).step(1.0, KEEP)
     torch.testing.assert_close(stack.data, torch.stack([w.data for w in alone]), rtol=0, atol=0)
+
+
+def test_stacks_of_one_shape_are_one_batch_up_to_a_size(monkeypatch):
+    params = {f"{i}.w_down": nn.Parameter(torch.randn(3, 4, 6)) for i in range(5)}
+    params |= {"wide": nn.Parameter(torch.randn(4, 6)), "tall": nn.Parameter(torch.randn(6, 4))}
+    found = []
+    for limit in (1, 2 * 72, 2**28):  # every stack on its own, pairs of them, all
+        monkeypatch.setattr(optim, "MAX_BATCH", limit)
+        copies = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+        muon = Muon(copies, momentum=0.9, weight_decay=0.1)
+        for copy in copies.values():
+            copy.grad = copy.detach().cos()
+        muon.step(0.1, KEEP)
+        found.append((sorted(len(names) for names, _ in muon.batches), copies))
+    assert [sizes for sizes, _ in found] == [[1] * 7, [1, 1, 1, 2, 2], [1, 1, 5]]
+    for _, copies in found[1:]:
+        for name, copy in copies.items():
+            torch.testing.assert_close(copy, found[0][1][name])
 
 
 def test_stacked_gate_and_up_projections_are_two_matrices():

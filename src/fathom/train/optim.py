@@ -24,6 +24,7 @@ from fathom.settings import ConfigError
 from fathom.train.config import TrainConfig
 
 NS_STEPS = 5
+MAX_BATCH = 2**28  # numbers; a step holds a few bfloat16 copies of one batch
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -85,8 +86,8 @@ class Muon:
     """Nesterov momentum, orthogonalised, times ``0.2 sqrt(max(m, n))``: an AdamW-sized update.
 
     So learning rate and weight decay of AdamW can be kept. On 2-D parameters this equals
-    ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``. Matrices of one shape are updated as one
-    batch ``[K, m, n]``; a stack of experts is a batch already.
+    ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``. Matrices of one shape, the experts of all
+    layers too, are updated as one batch ``[K, m, n]``, of about ``MAX_BATCH`` numbers at most.
 
     Args:
         params: by name, each ``[..., m, n]``.
@@ -116,8 +117,11 @@ class Muon:
 
     def _equal_shapes(self) -> list[list[str]]:
         groups: dict[object, list[str]] = defaultdict(list)
+        numbers: dict[object, int] = defaultdict(int)
         for name, weight in self.params.items():
-            groups[tuple(weight.shape) if weight.ndim == 2 else name].append(name)
+            alike = weight.ndim, matrices(name, local(weight)).shape[1:]
+            groups[alike, numbers[alike] // MAX_BATCH].append(name)
+            numbers[alike] += local(weight).numel()
         return list(groups.values())
 
     def step(self, lr: float, skip: Tensor) -> None:
@@ -137,11 +141,16 @@ class Muon:
             scale = 0.2 * math.sqrt(max(height, momentum_KMN.shape[2]))
             update_KMN = update_KMN.to(grad_KMN.dtype) * (scale * lr * live)
             sizes = [len(self.state[f"momentum.{name}"]) for name in names]
-            for name, update in zip(names, update_KMN.split(sizes), strict=True):
-                if self.params[name].grad is not None:
-                    weight = local(self.params[name])
-                    weight.mul_(1 - lr * self.weight_decay * live)
-                    weight.sub_(update.reshape(weight.shape))
+            parts = zip(names, update_KMN.split(sizes), strict=True)
+            moved = [
+                (weight := local(self.params[name]).data, part.reshape(weight.shape))
+                for name, part in parts
+                if self.params[name].grad is not None
+            ]
+            if moved:
+                weights, updates = map(list, zip(*moved, strict=True))
+                torch._foreach_mul_(weights, 1 - lr * self.weight_decay * live)  # pyright: ignore
+                torch._foreach_sub_(weights, updates)  # pyright: ignore
 
     def _grad(self, name: str) -> Tensor:
         grad = self.params[name].grad
