@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from fathom.sizing import Size
+    from fathom.sizing.parallel import ParallelSize
 
 UsageError: type[Any] = typer.BadParameter.__bases__[0]  # click's, wherever typer keeps it
 SETTING = re.compile(r"([a-z_]\w*(?:\.[\w*-]+)*)=(.*)", re.DOTALL)
@@ -177,7 +178,24 @@ def size_lines(size: "Size") -> dict[str, str]:
             f"{rope['scaled_half_wavelength']:,.0f}; {rope['unfinished_pairs']} of {rope['pairs']} "
             f"pairs do not complete a turn in {rope['trained_len']:,} tokens"
         )
-    return lines
+    return lines | ({} if size["parallel"] is None else parallel_lines(size["parallel"]))
+
+
+def parallel_lines(size: "ParallelSize") -> dict[str, str]:
+    """What ``fathom size --parallel`` says of each rank."""
+    memory, wire = size["memory"], size["wire"]
+    return {
+        "ranks": f"{size['ranks']:,}: dp {size['dp']}, ep {size['ep']}, shard {size['shard']}",
+        "a rank holds": f"{size['params_per_rank']:,} parameters, "
+        f"{size['experts_per_rank']} experts of each MoE layer",
+        "a rank's memory": f"about {si(memory['total'], 'B')} to train: " + _parts(dict(memory)),
+        "a rank sends": f"{si(wire['total'], 'B')} a step of one sequence: " + _parts(dict(wire)),
+    }
+
+
+def _parts(sizes: Mapping[str, Any]) -> str:
+    """All that is not nothing, without the total."""
+    return ", ".join(f"{k} {si(v, 'B')}" for k, v in sizes.items() if k != "total" and v)
 
 
 def versions() -> dict[str, str | None]:

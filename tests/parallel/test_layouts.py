@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-import fathom.parallel.shard  # noqa: F401  here, so that no forked rank has to import it
 from fathom.data.dataset import Dataset
+from fathom.data.loader import IGNORE, Loader
+from fathom.model import build_model
 from fathom.parallel import build
-from fathom.train import loop
+from fathom.parallel.mesh import local, started
+from fathom.parallel.shard import model_parts, of_whole
+from fathom.settings import ConfigError
+from fathom.train import loop, optim
 from fathom.train.config import RunConfig
 from ranks import on_ranks
 
@@ -24,7 +28,7 @@ LAYOUTS = {
     "fsdp2-ep2": ["parallel.dp=2", "parallel.ep=2", "parallel.shard=4"],
     "hybrid": ["parallel.dp=4", "parallel.shard=2"],
 }
-FAST = ("ep2", "fsdp2-ep2")
+FAST = ("fsdp2-ep2",)
 
 
 class Told(loop.Trainer):
@@ -86,3 +90,93 @@ def alone(make_config, train64, tmp_path_factory) -> torch.Tensor:
 def test_twenty_steps_in_float64_are_those_of_one_process(layout, alone, make_config, train64):
     got = train64(make_config(*LAYOUTS[layout]))
     torch.testing.assert_close(got, alone, rtol=1e-10, atol=0)
+
+
+def in_full_precision(x: torch.Tensor) -> torch.Tensor:
+    """Muon's iteration, in which a rounding cannot turn into another bfloat16."""
+    a, b, c = optim.NS_COEFFICIENTS
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(optim.NS_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("layout", ["fsdp2-ep2"])
+def test_muon_updates_matrices_whose_rows_lie_on_several_ranks(
+    layout, make_config, train64, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(optim, "orthogonal", in_full_precision)
+    muon = ["train.optimizer=muon", "train.steps=4", "train.eval_every=0", "train.save_every=9"]
+    want = train64(make_config(*muon), out=tmp_path / "alone")
+    got = train64(make_config(*muon, *LAYOUTS[layout]))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+def check_parts(cfg: RunConfig, dataset: Dataset) -> None:
+    """Initial values bit by bit, and gradients, against the whole model."""
+    with started(cfg.parallel, "cpu") as layout:
+        how = {"seed": 3, "device": torch.device("cpu"), "dtype": torch.float64}
+        model, whole = build(cfg.model, layout, **how), build_model(cfg.model, **how)
+        weights = dict(whole.named_parameters())
+        for name, part in model_parts(model, layout).items():
+            want = weights[name] if name in weights else whole.get_buffer(name)
+            assert torch.equal(part.tensor, of_whole(want, part)), name
+        sizes = {"batch_size": 8, "seed": 0}
+        mine = Loader(dataset, cfg.data, **sizes, rank=layout.rank, world=layout.world).next()
+        batch = Loader(dataset, cfg.data, **sizes).next()
+        count, world = int((batch.targets != IGNORE).sum()), layout.world
+        for net, part, share in ((model, mine, 1 / world), (whole, batch, 1.0)):
+            of = (part.tokens, part.targets, part.cu_seqlens)
+            net.loss(*of, denominator=count, share=share).total.backward()
+        parts = model_parts(model, layout)
+        for name, weight in model.named_parameters():
+            want = of_whole(weights[name].grad, parts[name])
+            torch.testing.assert_close(local(weight.grad), want, rtol=1e-9, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["ep2-shard2", "fsdp2-ep2"])
+def test_initial_values_and_gradients_are_parts_of_the_whole_ones(layout, make_config, dataset):
+    cfg = make_config(*LAYOUTS[layout])
+    said = on_ranks(cfg.parallel.world, check_parts, cfg, dataset)
+    assert not any(said), "\n".join(said)
+
+
+CHAIN = ["train.steps=8", "train.eval_every=0", "train.save_every=2"]
+
+
+def test_a_run_goes_on_in_any_other_layout(make_config, train64, alone):
+    """1, 2, 4 and 1 processes, data parallel and then expert parallel."""
+    short = [item for item in CHAIN if "steps" not in item]
+    for end, layout in ((2, []), (4, LAYOUTS["fsdp2"]), (6, LAYOUTS["fsdp2-ep2"]), (8, [])):
+        got = train64(make_config(*short, *layout), stop_at=2)
+        torch.testing.assert_close(got, alone[end - 2 : end], rtol=1e-10, atol=0)
+
+
+def test_a_stopped_run_of_four_ranks_goes_on_bit_by_bit(make_config, train64, tmp_path):
+    cfg = make_config(*CHAIN, "train.steps=4", *LAYOUTS["dp2-ep2"])
+    want = train64(cfg, out=tmp_path / "unbroken")
+    train64(cfg, stop_at=3)
+    assert torch.equal(train64(cfg), want[3:])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["parallel.ep=16", "train.micro_batch_size=16"], "must divide n_routed_experts"),
+        (["parallel.dp=3"], "3 processes .* cannot share equally"),
+        (["parallel.dp=4", "parallel.shard=3"], "shard must divide dp"),
+        (["parallel.ep=4", "parallel.dp=2", "parallel.shard=0"], "shard must be at least 1"),
+        (["parallel.tp=2"], "tp must be 1, got 2: only dp and ep exist so far"),
+        (["parallel.timeout=0"], "timeout must be above 0"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused_before_a_process_starts(make_config, keys, said):
+    with pytest.raises(ConfigError, match=said):
+        make_config(*keys)
+
+
+def test_a_layout_without_its_processes_is_refused(make_config, run_dir, dataset):
+    with pytest.raises(ConfigError, match="2 \\* 1 = 2 processes and 1 was started"):
+        loop.train(make_config("parallel.dp=2"), run_dir, dataset=dataset)
+    assert not run_dir.exists()

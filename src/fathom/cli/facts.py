@@ -22,6 +22,9 @@ def size(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, config or run folder.")],
     seq_len: SeqLen = None,
     cache_dtype: Annotated[str, typer.Option(help="Of the cache and of the weights.")] = "bfloat16",
+    parallel: Annotated[
+        str | None, typer.Option(metavar="dp=4,ep=8", help="A layout to train in, per rank.")
+    ] = None,
     form: Form = Format.human,
     settings: Settings = None,
     imports: Imports = None,
@@ -32,11 +35,19 @@ def size(
     Example:
       fathom size deepseek-v3 --seq-len 131072
       fathom size llama-3-8b groups.0.attention.n_kv_heads=32
+      fathom size deepseek-v3 --parallel dp=8,ep=64,shard=512
     """
+    from fathom import settings as mechanism
     from fathom.api import resolve
+    from fathom.config import ParallelConfig
     from fathom.sizing import size as sizes
 
-    result = sizes(resolve(model, settings or ()), seq_len=seq_len, cache_dtype=cache_dtype)
+    layout = None
+    if parallel is not None:
+        layout = mechanism.parse(ParallelConfig, mechanism.override({}, parallel.split(",")))
+    result = sizes(
+        resolve(model, settings or ()), seq_len=seq_len, cache_dtype=cache_dtype, parallel=layout
+    )
     if form is Format.json:
         console.show_json(result)
     else:

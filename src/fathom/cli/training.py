@@ -1,5 +1,6 @@
 """Studies and runs: train, compare, list."""
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,6 +108,9 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY", help="This key may differ from the run's; may be repeated."),
     ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Ranks to start here; several hosts: use torchrun.")
+    ] = None,
     settings: Settings = None,
     imports: Imports = None,
 ) -> None:
@@ -115,8 +119,11 @@ def train(
     \b
     Example:
       fathom train configs/tiny.toml --out runs/tiny
+      fathom train configs/tiny.toml --nproc 2 parallel.ep=2
       fathom train --size llama-5m data.tokenizer=4k train.steps=200 --train.lr 2e-3
     """
+    from fathom.parallel.launch import launch
+    from fathom.parallel.mesh import check_world
     from fathom.train.config import read_run_config
     from fathom.train.loop import train as run
     from fathom.train.progress import reporter
@@ -127,10 +134,17 @@ def train(
     folder = config if config is not None and config.is_dir() else None
     source = {} if config is None else config / "config.toml" if folder else config
     cfg = read_run_config(source, keys)
-    default = folder or Path("runs") / (config.stem if config else size or "train")
+    out = out or folder or Path("runs") / (config.stem if config else size or "train")
+    if nproc is not None:
+        check_world(cfg.parallel, nproc)
+        options = [("--set", key) for key in keys] + [("--import", path) for path in imports or ()]
+        options += [("--allow-change", key) for key in allow_change or ()]
+        words = [*([config] if config else []), "--out", out, *chain.from_iterable(options)]
+        words += ["--strict"] if strict else []
+        raise typer.Exit(launch(nproc, ["train", *map(str, words)]))
     result = run(
         cfg,
-        out or default,
+        out,
         reporter=reporter(cfg.train.log_every),
         sample=_sample,
         strict=strict,

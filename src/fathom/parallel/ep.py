@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fathom.ffn.experts import Experts
 from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
+from fathom.ops.registry import autocast
 
 TILE = 128  # channels that share an FP8 scale, as in DeepSeek-V3, section 3.3.2
 FP8_MAX = 448.0
@@ -67,7 +68,7 @@ class ExpertParallel:
     def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor) -> "Travelling":
         """Sort the rows by expert and exchange their counts; rows follow when the host has them."""
         permutation = sort_by_expert(expert_ids_NK, self.n_experts)
-        rows_PD = gather(x_ND, permutation, expert_ids_NK.shape[1])
+        (rows_PD,) = autocast(gather(x_ND, permutation, expert_ids_NK.shape[1]))  # as experts will
         sent_RL = permutation.counts.view(self.group.size(), -1)
         received_RL = torch.empty_like(sent_RL)
         with self.lane.beside(rows_PD):

@@ -16,9 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fathom.config import ParallelConfig
 from fathom.convert.ranks import Ranks
+from fathom.parallel.watch import Watch
 from fathom.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class Layout:
         self.dense: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
         self.ranks = Ranks()
+        self.passed = 0  # exchanges that this rank has entered
         if self.world == 1:
             return
         group = dist.new_group(backend="gloo")
@@ -84,6 +88,7 @@ class Layout:
     def sum(self, x: Tensor) -> Tensor:
         """``x`` added up over all ranks, in place and without a gradient."""
         if self.world > 1:
+            self.passed += 1
             dist.all_reduce(x)
         return x
 
@@ -94,6 +99,7 @@ class Layout:
         """
         if self.world == 1:
             return do()
+        self.passed += 1
         if not self.leads:
             told = self._broadcast(None)
             if "failed" in told:
@@ -153,26 +159,47 @@ def started(cfg: ParallelConfig, device: str) -> Iterator[Layout]:
     """
     ready = dist.is_initialized()
     world = dist.get_world_size() if ready else int(os.environ.get("WORLD_SIZE", "1"))
+    check_world(cfg, world)
+    if world == 1:
+        yield ALONE
+        return
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if ready:
+        yield Layout(cfg, dist.get_rank(), "cuda" if cuda else "cpu")
+        return
+    if cuda:
+        take_gpu(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    store, rank, _ = next(rendezvous("env://"))
+    hearts = PrefixStore("hearts", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=cfg.timeout),
+    )
+    layout = Layout(cfg, rank, "cuda" if cuda else "cpu")
+    watch = Watch(hearts, rank, world, lambda: layout.passed)
+    watch.start()
+    try:
+        yield layout
+        dist.barrier()
+    except BaseException as error:
+        watch.stop(None if isinstance(error, SystemExit) else error)
+        raise
+    watch.stop()
+    dist.destroy_process_group()
+
+
+def check_world(cfg: ParallelConfig, world: int) -> None:
+    """Refuse another number of processes than the axes have places for."""
     if world != cfg.world:
         raise ConfigError(
             f"parallel.dp * parallel.ep is {cfg.dp} * {cfg.ep} = {cfg.world} processes and "
             f"{world} {'was' if world == 1 else 'were'} started: use fathom train --nproc "
             f"{cfg.world}, torchrun --nproc-per-node {cfg.world}, or other sizes"
         )
-    if world == 1:
-        yield ALONE
-        return
-    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    if not ready:
-        if cuda:
-            take_gpu(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
-    try:
-        yield Layout(cfg, dist.get_rank(), "cuda" if cuda else "cpu")
-    finally:
-        if not ready:
-            dist.destroy_process_group()
 
 
 def take_gpu(number: int) -> None:

@@ -66,12 +66,14 @@ def over_whole(
     sent, received = [k * rows * width for k in shares], [mine * m * width for m in heights]
     flat = rows_KmN.new_empty(sum(received))
     dist.all_to_all_single(flat, rows_KmN.flatten(), received, sent, group=group)
-    parts = [part.view(mine, -1, width) for part in flat.split(received)]
+    parts = [
+        part.view(mine, m, width) for m, part in zip(heights, flat.split(received), strict=True)
+    ]
     done_kMN = do(torch.cat(parts, dim=1))
     back = torch.cat([part.flatten() for part in done_kMN.split(heights, dim=1)])
-    result = back.new_empty(rows_KmN.shape)
-    dist.all_to_all_single(result.flatten(), back, sent, received, group=group)
-    return result
+    result = back.new_empty(rows_KmN.numel())
+    dist.all_to_all_single(result, back, sent, received, group=group)
+    return result.view(rows_KmN.shape)
 
 
 def cuts(size: int, parts: int) -> list[int]:

@@ -2,11 +2,12 @@
 
 from typing import TypedDict
 
-from fathom.config import ModelConfig
+from fathom.config import ModelConfig, ParallelConfig
 from fathom.layers.base import require
 from fathom.layers.cache import DTYPE_BYTES
 from fathom.sizing import count
 from fathom.sizing.memory import Memory, memory
+from fathom.sizing.parallel import ParallelSize, parallel_size
 from fathom.sizing.reach import Reach, reach
 
 
@@ -25,18 +26,27 @@ class Size(TypedDict):
     cache_bytes: int
     rope: Reach | None
     memory: Memory
+    parallel: ParallelSize | None
 
 
-def size(model: ModelConfig, *, seq_len: int | None = None, cache_dtype: str = "bfloat16") -> Size:
+def size(
+    model: ModelConfig,
+    *,
+    seq_len: int | None = None,
+    cache_dtype: str = "bfloat16",
+    parallel: ParallelConfig | None = None,
+) -> Size:
     """Parameters, FLOPs, cache and memory of a model, from its config alone.
 
     Args:
         model: the config.
         seq_len: context for FLOPs, cache, memory and the scaled reach; None: ``max_seq_len``.
         cache_dtype: of cache and weights when running.
+        parallel: a layout to train in, with one sequence per rank and step; None: say nothing.
 
     Raises:
-        ValueError: ``seq_len`` below 1, or an unknown ``cache_dtype``.
+        ValueError: ``seq_len`` below 1, an unknown ``cache_dtype``, or experts that cannot be
+            spread like that.
     """
     seq_len = model.max_seq_len if seq_len is None else seq_len
     require(seq_len >= 1, f"seq_len must be at least 1, got {seq_len}")
@@ -57,4 +67,5 @@ def size(model: ModelConfig, *, seq_len: int | None = None, cache_dtype: str = "
         cache_bytes=count.cache_bytes(model, seq_len, cache_dtype),
         rope=reach(model, seq_len),
         memory=memory(model, seq_len, cache_dtype),
+        parallel=parallel and parallel_size(model, parallel, n_tokens=seq_len),
     )
