@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import fathom.parallel.shard  # noqa: F401  here, so that no forked rank has to import it
 from fathom.ffn.dispatch import LocalDispatcher
 from fathom.ffn.experts import Experts
+from fathom.ops.permute import gather, sort_by_expert
 from fathom.parallel.ep import (
     ExpertParallel,
     from_fp8,
@@ -66,8 +67,7 @@ def worlds(draw: st.DrawFn, ranks: int) -> World:
 
 
 def layer(dispatcher, experts, x, ids, gates) -> Tensor:
-    sent = dispatcher.dispatch(x, ids).arrived()
-    return dispatcher.combine(experts(sent.rows_PD, sent.ends_E), gates, sent)
+    return dispatcher.dispatch(x, ids).through(experts, gates)
 
 
 def check_world(world: World) -> None:
@@ -98,13 +98,15 @@ def check_world(world: World) -> None:
 def check_arrivals(world: World) -> None:
     """What comes to the experts here against the definition."""
     n_experts = len(world.experts.w_down)
-    local = [LocalDispatcher(n_experts).dispatch(*of) for of in zip(*world[:2], strict=True)]
-    counts = torch.stack([sent.tokens_per_expert for sent in local])
-    want = to_experts_reference([sent.rows_PD for sent in local], counts)[dist.get_rank()]
+    sorts = [sort_by_expert(ids, n_experts) for ids in world.ids]
+    counts = torch.stack([permutation.counts for permutation in sorts])
+    top_k = world.ids[0].shape[1]
+    rows = [gather(x, permutation, top_k) for x, permutation in zip(world.x, sorts, strict=True)]
+    want = to_experts_reference(rows, counts)[dist.get_rank()]
     one = ExpertParallel(n_experts, dist.group.WORLD)
-    sent = one.dispatch(world.x[dist.get_rank()], world.ids[dist.get_rank()]).arrived()
-    assert torch.equal(sent.rows_PD, want)
-    assert torch.equal(sent.tokens_per_expert, counts[dist.get_rank()])
+    sending = one.dispatch(world.x[dist.get_rank()], world.ids[dist.get_rank()])
+    assert torch.equal(sending.arrived().rows_QD, want)
+    assert torch.equal(sending.tokens_per_expert, counts[dist.get_rank()])
 
 
 def check_all() -> None:
@@ -142,7 +144,7 @@ def check_bytes(fp8: bool, dtype: torch.dtype) -> None:
         ids = torch.arange(n_tokens * top_k).view(-1, top_k) % n_experts  # even
         one = ExpertParallel(n_experts, dist.group.WORLD, fp8=fp8)
         sent = one.dispatch(x, ids).arrived()
-        one.combine(sent.rows_PD * 2, torch.ones(n_tokens, top_k), sent).sum().backward()
+        one.combine(sent.rows_QD * 2, torch.ones(n_tokens, top_k), sent).sum().backward()
     rows = n_tokens * top_k * (ranks - 1) // ranks
     counts = 8 * n_experts * (ranks - 1) // ranks
     assert counter.bytes == exchange_bytes(dim, rows, dtype.itemsize, fp8=fp8) + counts

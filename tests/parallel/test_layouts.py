@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,47 +16,10 @@ from fathom.parallel.shard import model_parts, of_whole
 from fathom.settings import ConfigError
 from fathom.train import loop, optim
 from fathom.train.config import RunConfig
+from layouts import LAYOUTS, follow
 from ranks import on_ranks
 
-LAYOUTS = {
-    "dp2": ["parallel.dp=2"],
-    "fsdp2": ["parallel.dp=2", "parallel.shard=2"],
-    "ep2": ["parallel.ep=2"],
-    "ep2-shard2": ["parallel.ep=2", "parallel.shard=2"],
-    "dp2-ep2": ["parallel.dp=2", "parallel.ep=2"],
-    "fsdp2-ep2": ["parallel.dp=2", "parallel.ep=2", "parallel.shard=4"],
-    "hybrid": ["parallel.dp=4", "parallel.shard=2"],
-}
 FAST = ("fsdp2-ep2",)
-
-
-class Told(loop.Trainer):
-    """Trains in float64 and keeps the losses of each step in full."""
-
-    def __init__(self, *args: Any, **rest: Any) -> None:
-        super().__init__(*args, **rest)
-        self.steps: list[list[float]] = []
-
-    def record(self, bits, lr, sums, guard) -> None:
-        values = [*sums.losses.values(), guard["grad_norm"]]
-        self.steps.append([float(value) for value in values])
-        super().record(bits, lr, sums, guard)
-
-    def result(self, reason):
-        (self.out / "told.json").write_text(json.dumps(self.steps)) if self.layout.leads else None
-        return super().result(reason)
-
-
-def float64(cfg, layout, *, dtype, **rest):
-    return build(cfg, layout, dtype=torch.float64, **rest)
-
-
-def follow(cfg: RunConfig, out: Path, dataset: Dataset, stop_at: int | None = None) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Trainer", Told)
-        patch.setattr(loop, "build", float64)
-        calls = iter(range(1, 10**6))
-        loop.train(cfg, out, dataset=dataset, should_stop=lambda: next(calls) == stop_at)
 
 
 @pytest.fixture
