@@ -27,6 +27,7 @@ from fathom.probes.base import Context, Record
 from fathom.sizing.count import num_active_params, num_params
 
 PEOPLE = 1024  # looked at, of each split
+WITHOUT = 256  # looked at for each part taken away
 PARTS = 8  # taken away in each layer, at most; a dense layer is cut into so many
 
 
@@ -53,12 +54,20 @@ def run(model: Decoder, dataset: Dataset, context: Context) -> Record:
 
 
 def stored(
-    model: Decoder, dataset: Dataset, split: Split, choices: dict[str, int], context: Context
+    model: Decoder,
+    dataset: Dataset,
+    split: Split,
+    choices: dict[str, int],
+    context: Context,
+    most: int = PEOPLE,
 ) -> tuple[dict[str, float], Tensor]:
-    """Mean bits stored of each fact, and which facts are known (bool, in the order of the text)."""
+    """Mean bits stored of each fact, and which facts are known (bool, in the order of the text).
+
+    Of the first ``most`` people of a split.
+    """
     sums = dict.fromkeys(choices, 0.0)
     known: list[bool] = []
-    people = min(PEOPLE, dataset.documents(split, DOMAIN))
+    people = min(most, dataset.documents(split, DOMAIN))
     documents = [dataset.document(split, DOMAIN, i).astype("int64").tolist() for i in range(people)]
     for start in range(0, people, context.batch_size):
         group = documents[start : start + context.batch_size]
@@ -93,6 +102,7 @@ def removal(
     model: Decoder, dataset: Dataset, choices: dict[str, int], context: Context, known: Tensor
 ) -> Record:
     """The share of the known facts that is lost when one part goes, by layer: mean over parts."""
+    known = known[: WITHOUT * len(choices)]
     if not known.any():
         return {}
     lost, shares = [], []
@@ -102,7 +112,7 @@ def removal(
         missing = []
         for weight in weights[:: -(-len(weights) // PARTS)]:
             with zeroed(weight):
-                _, left = stored(model, dataset, "train", choices, context)
+                _, left = stored(model, dataset, "train", choices, context, WITHOUT)
             missing.append(float((known & ~left).sum() / known.sum()))
         lost.append(sum(missing) / len(missing))
     return {"layer": list(range(len(lost))), "part_of_layer": shares, "lost_without_it": lost}
