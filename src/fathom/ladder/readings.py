@@ -34,6 +34,12 @@ TITLES = {
         "tell again. Then one part at a time is taken from a layer, an expert or an eighth of the "
         "hidden units: the share of the facts known that is lost, by layer.",
     ),
+    "modalities": (
+        "Parts of a domain's own",
+        "An eighth of each layer is taken away, the experts (or hidden units) that one domain uses "
+        "most against the others: by what share its own loss rises, the others' losses, and all of "
+        "them when as many parts go by chance.",
+    ),
     "mtp": (
         "Drafts of multi-token prediction",
         "The share of the MTP module's guesses that the model itself agrees with, on held-out text "

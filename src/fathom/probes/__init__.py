@@ -1,6 +1,17 @@
 """Measurements of any trained model: one file and one line here each."""
 
-from fathom.probes import domains, facts, mtp, position, reach, retrieval, routing, score, speed
+from fathom.probes import (
+    domains,
+    facts,
+    modalities,
+    mtp,
+    position,
+    reach,
+    retrieval,
+    routing,
+    score,
+    speed,
+)
 from fathom.probes.base import Context, Probe
 
 PROBES: dict[str, Probe] = {
@@ -11,6 +22,7 @@ PROBES: dict[str, Probe] = {
     "reach": Probe("how far a token can be found by its distance alone", reach.run),
     "score": Probe("share of the score's variance that comes from position", score.run),
     "facts": Probe("bits stored of invented people (fathom data facts), and where", facts.run),
+    "modalities": Probe("whose loss rises when a domain's parts are taken away", modalities.run),
     "mtp": Probe("drafts accepted, and the speed of decoding with them", mtp.run),
     "retrieval": Probe("key-value recall and repetition in the context", retrieval.run),
 }
