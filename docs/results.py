@@ -1,4 +1,4 @@
-"""The results in README.md, generated from the recorded demo.
+"""The results in README.md, generated from the recorded ladders.
 
 python docs/results.py            print them
 python docs/results.py --write    put them between the marks in README.md
@@ -12,25 +12,30 @@ from pathlib import Path
 from fathom.ladder.recorded import Arm, Study, read_study
 
 ROOT = Path(__file__).parents[1]
-RECORD = "studies/demo-cpu"
+RECORDS = ("studies/demo-gpu", "studies/demo-cpu")
 BEGIN, END = "<!-- results: docs/results.py --write -->", "<!-- end of results -->"
 HEAD = ("arm", "against", "bits per byte", "difference", "verdict", "parameters", "cache B/token")
 
 
 def results(root: Path = ROOT) -> str:
     """The section's Markdown; without a record, how to make one."""
-    folder = root / RECORD
-    if not (folder / "results.json").is_file():
+    found = [record for record in RECORDS if (root / record / "results.json").is_file()]
+    if not found:
         return (
             "This checkout holds no recorded run of the demo. `make demo` makes one in minutes: "
             "`runs/demo/report.html`."
         )
+    return "\n\n".join(section(root / record, record) for record in found)
+
+
+def section(folder: Path, link: str) -> str:
+    """One record: its question, its budget, the picture, and a line for every step."""
     study = read_study(folder)
     rows = [HEAD, ("---",) * len(HEAD), *map(_row, study.arms)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    parts = [f"**{study.title}.** {study.question}", _setting(study), *_pictures(root), table]
+    parts = [f"### {study.title}", study.question, _setting(study), *_pictures(folder, link), table]
     parts += [_reading(study), _anchors(study), f"{study.lr_note}"]
-    links = f"[report.html]({RECORD}/report.html), [results.json]({RECORD}/results.json)"
+    links = f"[report.html]({link}/report.html), [results.json]({link}/results.json)"
     parts.append(f"The whole record: {links}. Again: {_commands(study)}.")
     return "\n\n".join(part for part in parts if part)
 
@@ -86,11 +91,10 @@ def _anchors(study: Study) -> str:
     return f"On the same held-out text: {', '.join(known)}." if known else ""
 
 
-def _pictures(root: Path) -> list[str]:
-    """The chart of differences, wherever in the record it lies."""
-    found = sorted((root / RECORD).rglob("forest.png"))[:1]
+def _pictures(folder: Path, link: str) -> list[str]:
+    """The chart of differences, if it is there."""
     caption = "Each arm's difference from its parent, with intervals"
-    return [f"![{caption}]({path.relative_to(root).as_posix()})" for path in found]
+    return [f"![{caption}]({link}/forest.png)"] if (folder / "forest.png").is_file() else []
 
 
 def _commands(study: Study) -> str:
