@@ -53,15 +53,19 @@ def lists(starts_BTMN: Tensor, groups: int, n_keys: int) -> Lists:
 
 
 def chunks(made: Lists, length: int, longest: int) -> Chunks:
-    """Cut lists into chunks of ``length`` entries; ``longest``: what a list may hold."""
+    """Cut lists into chunks of ``length`` entries.
+
+    ``longest``: what a list may hold, if the chunks of a list are to be added up; 0 if not. If
+    some may be cut, chunks stand largest first: programs that walk the table in equal steps then
+    get about equal work.
+    """
     entries, ends, limits = made
     firsts = torch.cat([ends.new_zeros(1), ends[:-1]])
     pieces = (ends - firsts + length - 1) // length
     until = pieces.cumsum(0)
     cut = longest > length
-    n_parts = (
-        2 * len(entries) // length if cut else 0
-    )  # a cut list has less than 2 * count / length
+    # A list that is cut has less than 2 * count / length pieces.
+    n_parts = 2 * len(entries) // length if cut else 0
     bound = len(entries) // length + min(len(entries), len(ends))
     slot = torch.arange(bound, device=ends.device)
     bins = torch.searchsorted(until, slot, right=True).clamp(max=len(ends) - 1)
@@ -72,5 +76,8 @@ def chunks(made: Lists, length: int, longest: int) -> Chunks:
         of_cut = pieces.masked_fill(pieces < 2, 0)
         part = of_cut.cumsum(0)[bins] - until[bins] + slot
         parts = torch.where(pieces[bins] > 1, part, parts)
-    table = torch.stack([bins, begin, end, limits[bins], parts], dim=1)
-    return Chunks(table.to(torch.int32), until[-1:].to(torch.int32), n_parts)
+    table = torch.stack([bins, begin, end, limits[bins], parts], dim=1).to(torch.int32)
+    if cut:
+        sizes = (end - begin).masked_fill(slot >= until[-1], 0)
+        table = table[sizes.argsort(descending=True, stable=True)]
+    return Chunks(table, until[-1:].to(torch.int32), n_parts)
