@@ -119,9 +119,9 @@ class Muon:
         groups: dict[object, list[str]] = defaultdict(list)
         numbers: dict[object, int] = defaultdict(int)
         for name, weight in self.params.items():
-            alike = weight.ndim, matrices(name, local(weight)).shape[1:]
+            alike = weight.ndim, whole_shape(name, weight)  # the same on every rank
             groups[alike, numbers[alike] // MAX_BATCH].append(name)
-            numbers[alike] += local(weight).numel()
+            numbers[alike] += weight.numel()
         return list(groups.values())
 
     def step(self, lr: float, skip: Tensor) -> None:
@@ -132,13 +132,13 @@ class Muon:
             grad_KMN = torch.where(live > 0, grad_KMN, 0)  # not grad * live: NaN * 0 is NaN
             momentum_KMN.lerp_(grad_KMN, (1 - self.momentum) * live.to(grad_KMN.dtype))
             sample = self.params[names[0]]
-            height = sample.shape[0] if sample.ndim == 2 else momentum_KMN.shape[1]
+            height, width = whole_shape(names[0], sample)
             target_KMN = grad_KMN.lerp(momentum_KMN, self.momentum)
             if self.group is None or sample.ndim > 2:
                 update_KMN = orthogonal(target_KMN)
             else:
                 update_KMN = step.over_whole(orthogonal, target_KMN, height, self.group)
-            scale = 0.2 * math.sqrt(max(height, momentum_KMN.shape[2]))
+            scale = 0.2 * math.sqrt(max(height, width))
             update_KMN = update_KMN.to(grad_KMN.dtype) * (scale * lr * live)
             sizes = [len(self.state[f"momentum.{name}"]) for name in names]
             parts = zip(names, update_KMN.split(sizes), strict=True)
@@ -166,6 +166,12 @@ def matrices(name: str, weight: Tensor) -> Tensor:
     if name.endswith("w_gate_up"):
         weight = weight.unflatten(-2, (2, -1))
     return weight[None] if weight.ndim == 2 else weight.flatten(0, -3)
+
+
+def whole_shape(name: str, weight: Tensor) -> tuple[int, int]:
+    """Of one of its matrices, however many ranks share its rows."""
+    m, n = weight.shape[-2:]
+    return m // 2 if name.endswith("w_gate_up") else m, n
 
 
 def orthogonal(x_KMN: Tensor) -> Tensor:
