@@ -20,6 +20,8 @@ LAYOUTS = {
     "dp2-ep2": ["parallel.dp=2", "parallel.ep=2"],
     "fsdp2-ep2": ["parallel.dp=2", "parallel.ep=2", "parallel.shard=4"],
     "hybrid": ["parallel.dp=4", "parallel.shard=2"],
+    "fsdp2-ep4": ["parallel.dp=2", "parallel.ep=4", "parallel.shard=8"],
+    "hybrid-ep2": ["parallel.dp=4", "parallel.ep=2", "parallel.shard=4"],
 }
 
 
