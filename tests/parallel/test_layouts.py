@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fathom.config import ParallelConfig
 from fathom.data.dataset import Dataset
 from fathom.data.loader import IGNORE, Loader
 from fathom.model import build_model
@@ -136,6 +137,20 @@ def test_a_stopped_run_of_four_ranks_goes_on_bit_by_bit(make_config, train64, tm
 def test_layouts_that_cannot_be_are_refused_before_a_process_starts(make_config, keys, said):
     with pytest.raises(ConfigError, match=said):
         make_config(*keys)
+
+
+def check_lead() -> None:
+    def refuse() -> None:
+        raise ConfigError("not this folder")
+
+    with started(ParallelConfig(dp=2), "cpu") as layout:
+        assert layout.lead(lambda: ["step-00000004", None]) == ["step-00000004", None]
+        with pytest.raises(ConfigError if layout.leads else SystemExit):
+            layout.lead(refuse)
+
+
+def test_what_rank_0_finds_all_get_and_what_it_refuses_ends_all():
+    assert on_ranks(2, check_lead) == ["", ""]
 
 
 def test_a_layout_without_its_processes_is_refused(make_config, run_dir, dataset):
