@@ -34,7 +34,7 @@ log_every = 1
 VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "ladder": "--out --dry-run --list --only --add-seeds --jobs --set --import",
     "report": "",
-    "train": "--out --size --deterministic --strict --allow-change --set --import",
+    "train": "--out --size --deterministic --strict --allow-change --nproc --set --import",
     "compare": "--margin --format --import",
     "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --min-p "
     "--repetition-penalty --presence-penalty --frequency-penalty --seed --stop --top-logprobs "
@@ -43,10 +43,11 @@ VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "--repetition-penalty --presence-penalty --frequency-penalty --seed --device --dtype --import",
     "fetch": "",
     "convert": "--format --dtype --verify --force",
-    "size": "--seq-len --cache-dtype --format --set --import",
+    "size": "--seq-len --cache-dtype --parallel --format --set --import",
     "presets": "--format",
     "config": "--keys --schema --set --import",
     "data prepare": "--out --tokenizer --vocab-size --size-mb --force",
+    "data facts": "--out --people --seed --vocab-size --force",
     "data peek": "--batch --rows --seed --seq-len",
     "eval": "--data --seq-len --max-bytes --device --dtype --format --import",
     "probe": "--data --seq-len --seed --device --import",

@@ -188,6 +188,6 @@ def test_the_json_schema_knows_the_kinds_and_forbids_other_keys():
     assert "kv_lora_rank" in definitions["MLAConfig"]["properties"]
 
 
-def test_more_than_one_process_is_refused_until_it_works():
-    with pytest.raises(ConfigError, match="ep must be 1, got 4: this version runs in one process"):
-        parse(ParallelConfig, {"ep": 4})
+def test_an_axis_that_does_not_exist_yet_is_refused_by_name():
+    with pytest.raises(ConfigError, match="tp must be 1, got 4: only dp and ep exist so far"):
+        parse(ParallelConfig, {"tp": 4})

@@ -347,11 +347,13 @@ def test_either_name_of_the_dtype_is_understood(key):
     assert respelled({**LLAMA, key: "auto"}, None)[key] == "auto"
 
 
-WRITABLE = [name for name in fathom.PRESETS if name != "tiny-moe"]  # a V3 router beside MHA
+# A V3 router beside MHA; sparse attention that no family has; an indexer without a query latent.
+UNKNOWN_TO_FAMILIES = {"tiny-moe", "tiny-moba", "tiny-nsa", "tiny-dsa"}
+WRITABLE = [name for name in fathom.PRESETS if name not in UNKNOWN_TO_FAMILIES]
 
 
 @pytest.mark.parametrize("name", WRITABLE)
-def test_every_preset_but_one_has_a_family(name):
+def test_every_preset_of_a_released_kind_has_a_family(name):
     cfg = fathom.preset(name)
     again = read_config(write_config(cfg), name)
     assert fathom.size(again, seq_len=7) == fathom.size(cfg, seq_len=7)

@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from fathom.attention import AttentionConfig
-from fathom.config import LayerGroup, ModelConfig
+from fathom.config import LayerGroup, ModelConfig, MTPConfig
 from fathom.data.config import DataConfig
 from fathom.data.dataset import Dataset, open_dataset
 from fathom.ffn import DenseConfig, FFNConfig, MoEConfig
@@ -38,14 +39,15 @@ def model_of(attention: AttentionConfig, ffn: FFNConfig | None = None) -> Decode
     return build_model(ModelConfig(vocab_size=1024, dim=24, groups=(group,)), seed=1)
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", sorted(set(PROBES) - {"facts"}))  # it needs people of its own
 def test_every_probe_runs_on_a_deepseek_like_model_and_gives_json(name, dataset):
-    record = PROBES[name].run(model_of(mla(), MOE), dataset, CONTEXT)
+    cfg = replace(model_of(mla(), MOE).cfg, mtp=MTPConfig(), max_seq_len=64)
+    record = PROBES[name].run(build_model(cfg, seed=1), dataset, CONTEXT)
     assert record == json.loads(json.dumps(record))
     assert record
 
 
-@pytest.mark.parametrize("name", sorted(set(PROBES) - {"speed"}))
+@pytest.mark.parametrize("name", sorted(set(PROBES) - {"speed", "mtp"}))
 def test_a_probe_gives_the_same_record_twice(name, dataset):
     model = model_of(mha(), MOE)
     assert PROBES[name].run(model, dataset, CONTEXT) == PROBES[name].run(model, dataset, CONTEXT)

@@ -4,9 +4,8 @@ Weights and cache are exact. Training is an estimate by this rule:
 
 * weights and gradients in float32 and AdamW's two moments: 16 bytes per parameter, MTP included;
 * what the backward needs, in bf16 (2 bytes a number), per token and layer: what its two norms read
-  and make (6 D), the heads' queries, keys, values and outputs, four inner vectors of every FFN that
-  the token reads, and its copies to and from the routed ones (2 D each); nothing is recomputed, no
-  score matrix is kept;
+  and make (6 D), the heads' queries, keys, values and outputs, four inner vectors of a dense FFN
+  and of shared experts, two (the pre-activations) of each routed one; no score matrix is kept;
 * logits a chunk at a time (at most 1 GiB, as ``ops/cross_entropy.py`` makes them) and the head's
   gradient in float32, for each prediction depth.
 """
@@ -68,6 +67,8 @@ def training_memory(cfg: ModelConfig, n_tokens: int) -> TrainingMemory:
 def _kept_per_token(group: LayerGroup, dim: int) -> int:
     """Numbers that one layer keeps for the backward."""
     heads = group.attention.core_flops(1)  # 2 H (Q + V): as many as q, k, v and the output hold
-    inner = group.ffn.num_active_params(dim) // (3 * dim)  # gate, up and down share this width
-    copies = group.ffn.top_k if isinstance(group.ffn, MoEConfig) else 0
-    return 6 * dim + heads + 4 * inner + 2 * copies * dim
+    if isinstance(group.ffn, MoEConfig):  # of routed experts the pre-activations alone
+        ffn = group.ffn.inter_dim * (4 * group.ffn.n_shared_experts + 2 * group.ffn.top_k)
+    else:
+        ffn = 4 * group.ffn.num_active_params(dim) // (3 * dim)  # gate, up and down share it
+    return 6 * dim + heads + ffn
