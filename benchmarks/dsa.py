@@ -157,7 +157,7 @@ def teach(length: int) -> list[dict]:
 
     def loss() -> Tensor:
         main = main_q, main_k, places, places * 0
-        return index_loss(q, k, weight, *main, scale=SCALE, selected_BTN=selected)
+        return index_loss(q, k, weight, *main, scale=SCALE, selected_BTN=selected, impl="triton")
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

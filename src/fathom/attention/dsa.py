@@ -11,12 +11,11 @@ indexer's loss nothing else.
 
 Shapes: B batch, T new tokens, S all tokens so far, D model dim, H heads, C latent, K nope head dim,
 R rope head dim, Q = K + R, F = C + R, V value head dim, J index heads, I index head dim, N selected
-tokens, L query latent.
+tokens, L query latent, G key heads (H expanded, 1 absorbed).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -143,6 +142,14 @@ class Indices(NamedTuple):
     weight_BTJ: Tensor
 
 
+class Asked(NamedTuple):
+    """Queries and keys of the main attention, in either form, and their log-sum-exp if known."""
+
+    q_BTHF: Tensor
+    k_BSGF: Tensor
+    lse_BTH: Tensor | None
+
+
 class Indexer(nn.Module):
     """Index queries, keys and head weights (equation 1). Its input is detached."""
 
@@ -194,10 +201,15 @@ class DSA(MLA):
         keys_BS, (latent_BSC, k_rope_BSR, *index_k) = step.append(*new, *index_k)
         selected_BTN = self.select(indices, index_k, latent_BSC.shape[1], step)
         if selected_BTN is None:
-            mixed_BTHV = self.read(q_BTHQ, latent_BSC, k_rope_BSR, keys_BS, step)
+            mixed_BTHV, asked = self.read(q_BTHQ, latent_BSC, k_rope_BSR, keys_BS, step), None
         else:
-            mixed_BTHV = self.read_selected(q_BTHQ, latent_BSC, k_rope_BSR, selected_BTN, step)
-        loss = self.index_loss(indices, q_BTHQ, latent_BSC, k_rope_BSR, selected_BTN, step)
+            mixed_BTHV, asked = self.read_selected(
+                q_BTHQ, latent_BSC, k_rope_BSR, selected_BTN, step
+            )
+        loss = None
+        if indices is not None and self.teaches(indices, step):
+            asked = asked or Asked(q_BTHQ, self.keys_values(latent_BSC, k_rope_BSR)[0], None)
+            loss = self.index_loss(indices, asked, selected_BTN, step)
         return self.wo(mixed_BTHV.flatten(-2)), Indexing(loss, selected_BTN)
 
     def cached_keys(self, k_BTI: Tensor) -> list[Tensor]:
@@ -249,51 +261,46 @@ class DSA(MLA):
         k_rope_BSR: Tensor,
         selected_BTN: Tensor,
         step: Step,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Asked]:
         """Attend to the selected tokens: absorbed, for a latent is gathered once for all heads."""
         if self.cfg.absorb != "never":
-            core = partial(self.read_latents, selected_BTN=selected_BTN)
-            return self.absorbed(q_BTHQ, latent_BSC, k_rope_BSR, core)
-        core = partial(
-            block_attention,
-            starts_BTIN=selected_BTN[:, :, None],
-            places_BT=step.places("latent"),
+            q_BTHF, k_BS1F = self.absorb(q_BTHQ, latent_BSC, k_rope_BSR)
+            mix_BTHC, lse_BTH = token_attention(
+                q_BTHF,
+                k_BS1F[:, :, 0],
+                selected_BTN,
+                value_dim=self.cfg.kv_lora_rank,
+                scale=self.scale,
+            )
+            return self.lifted(mix_BTHC), Asked(q_BTHF, k_BS1F, lse_BTH)
+        k_BSHQ, v_BSHV = self.keys_values(latent_BSC, k_rope_BSR)
+        mixed_BTHV = block_attention(
+            q_BTHQ,
+            k_BSHQ,
+            v_BSHV,
+            selected_BTN[:, :, None],
+            step.places("latent"),
             block_size=1,
             scale=self.scale,
         )
-        return self.expanded(q_BTHQ, latent_BSC, k_rope_BSR, core)
+        return mixed_BTHV, Asked(q_BTHQ, k_BSHQ, None)
 
-    def read_latents(
-        self, q_BTHF: Tensor, k_BS1F: Tensor, v_BS1C: Tensor, *, selected_BTN: Tensor
-    ) -> Tensor:
-        """The absorbed form's core: values are the first channels of the keys."""
-        return token_attention(
-            q_BTHF, k_BS1F[:, :, 0], selected_BTN, value_dim=v_BS1C.shape[-1], scale=self.scale
-        )
+    def teaches(self, indices: Indices, step: Step) -> bool:
+        """Whether the indexer is trained in this step."""
+        training = torch.is_grad_enabled() and indices.weight_BTJ.requires_grad
+        return training and step.cache is None and self.cfg.index_loss_coeff > 0
 
     def index_loss(
-        self,
-        indices: Indices | None,
-        q_BTHQ: Tensor,
-        latent_BSC: Tensor,
-        k_rope_BSR: Tensor,
-        selected_BTN: Tensor | None,
-        step: Step,
-    ) -> Tensor | None:
-        """The indexer's weighted loss; None where nothing is trained."""
-        wanted = torch.is_grad_enabled() and step.cache is None and self.cfg.index_loss_coeff > 0
-        if not wanted or indices is None or not indices.weight_BTJ.requires_grad:
-            return None
-        with torch.no_grad():
-            if selected_BTN is None:
-                main = q_BTHQ, self.keys_values(latent_BSC, k_rope_BSR)[0]
-            else:
-                main = self.absorb(q_BTHQ, latent_BSC, k_rope_BSR)
+        self, indices: Indices, asked: Asked, selected_BTN: Tensor | None, step: Step
+    ) -> Tensor:
+        """The indexer's weighted loss: how far its softmax is from the main attention's weights."""
         loss = index_loss(
             *indices,
-            *main,
+            asked.q_BTHF,
+            asked.k_BSGF,
             *self.interval(step),
             scale=self.scale,
             selected_BTN=selected_BTN,
+            main_lse_BTH=asked.lse_BTH,
         )
         return self.cfg.index_loss_coeff * loss

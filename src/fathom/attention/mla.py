@@ -211,12 +211,12 @@ class MLA(Attention):
     def absorbed(
         self, q_BTHQ: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, core: Core
     ) -> Tensor:
-        """Attend to the latents: one key-value head whose value is the first C channels of its key.
-
-        ``W_v`` is applied to the mix.
-        """
+        """Attend to the latents: one key head, whose first C channels are its value."""
         q_BTHF, k_BS1F = self.absorb(q_BTHQ, latent_BSC, k_rope_BSR)
-        mix_BTHC = core(q_BTHF, k_BS1F, latent_BSC[:, :, None])
+        return self.lifted(core(q_BTHF, k_BS1F, latent_BSC[:, :, None]))
+
+    def lifted(self, mix_BTHC: Tensor) -> Tensor:
+        """Every head's values from its mix of latents: ``W_v`` applied afterwards."""
         return torch.einsum("bthc,hvc->bthv", mix_BTHC, self._up()[1])
 
     def absorb(

@@ -46,8 +46,8 @@ def loss_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
         return reason
     if len(tensors) == 4:
         return "it needs selected tokens: over all of them PyTorch's products run"
-    if not tensors:
-        return ""
+    if not tensors:  # asked for the table of what runs by itself
+        return "it needs a comparison on a GPU first, and runs only where impl='triton' asks for it"
     width, groups, main_width = tensors[0].shape[-1], *tensors[3].shape[2:]
     rest = main_width - (1 << (main_width.bit_length() - 1))
     if groups > 1 or rest < 16 or rest & (rest - 1):
@@ -57,8 +57,8 @@ def loss_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     return ""
 
 
-INDEX_LOSS = Implementations(
-    op="index_loss", refusals={"triton": loss_refusal, "reference": takes_all}
+INDEX_LOSS = Implementations(  # the kernels are not proven on a GPU: they run where asked for
+    op="index_loss", refusals={"reference": takes_all, "triton": loss_refusal}
 )
 
 
@@ -188,6 +188,7 @@ def index_loss(
     *,
     scale: float,
     selected_BTN: Tensor | None = None,
+    main_lse_BTH: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Mean over queries of ``KL(p || softmax(I))`` in nats, a float32 scalar (float64 for float64).
@@ -202,7 +203,10 @@ def index_loss(
         scale: of the main attention's scores.
         selected_BTN: over these tokens (-1: none, but at least one a query); None: over all that
             are visible.
-        impl: which implementation.
+        main_lse_BTH: log-sum-exp in base 2 of the main attention's scores over these tokens, if
+            it is known: saves the kernels a pass.
+        impl: which implementation; ``auto`` is the reference, for the kernels were timed on a GPU
+            and compared with it by interpretation alone.
 
     Raises:
         ValueError: a refused ``impl``.
@@ -220,6 +224,7 @@ def index_loss(
         begins_BT,
         scale,
         selected_BTN,
+        main_lse_BTH,
         trained and torch.is_grad_enabled(),
         chosen,
     )
@@ -297,6 +302,7 @@ def _loss_flops(
     begins: Sequence[int],
     scale: float,
     selected: Sequence[int] | None,
+    lse: Sequence[int] | None,
     need_grads: bool,
     impl: str,
 ) -> int:
@@ -312,7 +318,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *((grad * t).to(dtype) for t, dtype in pairs), *[None] * 8
+    return *((grad * t).to(dtype) for t, dtype in pairs), *[None] * 9
 
 
 @op("index_loss", fake=_fake_loss, flops=_loss_flops, setup=_setup, backward=_backward)
@@ -326,6 +332,7 @@ def _index_loss(
     begins_BT: Tensor,
     scale: float,
     selected_BTN: Tensor | None,
+    main_lse_BTH: Tensor | None,
     need_grads: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -341,6 +348,7 @@ def _index_loss(
             main_q_BTHQ.flatten(0, 1).contiguous(),
             main_k_BSGQ.flatten(0, 2).contiguous(),
             rows_of_all(k_BSI, selected_BTN),
+            None if main_lse_BTH is None else main_lse_BTH.flatten(0, 1).contiguous(),
             scale,
             need_grads,
         )

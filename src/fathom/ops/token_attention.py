@@ -54,8 +54,8 @@ def token_attention(
     value_dim: int,
     scale: float,
     impl: Impl = "auto",
-) -> Tensor:
-    """One softmax over each query's selected tokens, ``[B, T, H, C]``.
+) -> tuple[Tensor, Tensor | None]:
+    """One softmax over each query's selected tokens, ``[B, T, H, C]``, and its log-sum-exp.
 
     Args:
         q_BTHF: queries.
@@ -66,7 +66,8 @@ def token_attention(
         impl: which implementation.
 
     The softmax is in float32 (float64 for float64), the result in q's dtype. A query without a
-    token gives zeros and passes no gradient back.
+    token gives zeros and passes no gradient back. The log-sum-exp is ``[B, T, H]`` in base 2, not
+    differentiable, ``inf`` where there is no token; None where an implementation does not have it.
 
     Raises:
         ValueError: a refused ``impl``.
@@ -74,9 +75,9 @@ def token_attention(
     q_BTHF, k_BSF = autocast(q_BTHF, k_BSF)
     v_BSC = k_BSF[..., :value_dim]
     if choose(TOKEN_ATTENTION, impl, q_BTHF, k_BSF, v_BSC, selected_BTN) == "triton":
-        return _token_attention(q_BTHF, k_BSF, selected_BTN, value_dim, scale)[0]
+        return _token_attention(q_BTHF, k_BSF, selected_BTN, value_dim, scale)
     places_BT = selected_BTN.new_full(selected_BTN.shape[:2], k_BSF.shape[1])
-    return block_attention(
+    out_BTHC = block_attention(
         q_BTHF,
         k_BSF[:, :, None],
         v_BSC[:, :, None],
@@ -86,6 +87,7 @@ def token_attention(
         scale=scale,
         impl=impl,
     )
+    return out_BTHC, None
 
 
 def _fake(

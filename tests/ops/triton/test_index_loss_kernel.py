@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fathom.ops.indexer import index_loss, index_topk, loss_refusal
+from fathom.ops.token_attention import _token_attention
 from fathom.ops.triton import index_loss as kernels
 from ops.guards import Guards
 from ops.hopper import SHARED_LIMIT, Source, build
@@ -27,22 +28,31 @@ def tensors(shape, device="cpu", dtype=torch.float32) -> tuple[Tensor, ...]:
     return q, k, weight, main_q, main_k, index_topk(q, k, weight, at, at * 0, topk=chosen)
 
 
-def loss_and_gradients(inputs: tuple[Tensor, ...], impl: str, monkeypatch) -> list[Tensor]:
+def loss_and_gradients(
+    inputs: tuple[Tensor, ...], impl: str, monkeypatch, known: bool = False
+) -> list[Tensor]:
+    """``known``: with the log-sum-exp that the main attention's own kernel gives."""
     *floats, selected = inputs
+    lse = None
+    if known:
+        lse = _token_attention(floats[3], floats[4][:, :, 0], selected, 32, 0.3)[1]
     if impl == "triton":  # also where tensors are on the CPU and kernels are interpreted
         monkeypatch.setattr("fathom.ops.indexer.choose", lambda *_: "triton")
     leaves = [t.clone().requires_grad_() for t in floats[:3]]
     at = torch.arange(floats[0].shape[1], device=selected.device).expand(selected.shape[:2])
-    loss = index_loss(*leaves, *floats[3:], at, at * 0, scale=0.3, selected_BTN=selected)
+    loss = index_loss(
+        *leaves, *floats[3:], at, at * 0, scale=0.3, selected_BTN=selected, main_lse_BTH=lse
+    )
     monkeypatch.undo()
     return [loss, *torch.autograd.grad(3 * loss, leaves)]
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["alone", "after-the-attention"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_loss_and_gradients_are_the_references(shape, monkeypatch):
+def test_loss_and_gradients_are_the_references(shape, known, monkeypatch):
     inputs = tensors(shape)
     monkeypatch.setattr(kernels, "CHUNK_BYTES", 30_000)  # a few queries at a time
-    found = loss_and_gradients(inputs, "triton", monkeypatch)
+    found = loss_and_gradients(inputs, "triton", monkeypatch, known)
     *floats, selected = inputs
     wide = (*(t.double() for t in floats), selected)
     want = loss_and_gradients(wide, "reference", monkeypatch)
@@ -65,7 +75,7 @@ def test_nothing_is_written_outside_of_what_is_allocated(monkeypatch):
     q, k, weight, main_q, main_k, selected = tensors(SHAPES["more-heads-than-a-tile"])
     main = main_q[0], main_k[0, :, 0], selected[0].contiguous()
     with Guards() as guards:
-        loss, gradients = kernels.index_loss(q[0], k[0], weight[0], *main, 0.3, True)
+        loss, gradients = kernels.index_loss(q[0], k[0], weight[0], *main, None, 0.3, True)
     guards.check()
     assert all(t.isfinite().all() for t in (loss, *gradients))
 
@@ -95,6 +105,7 @@ def test_the_kernels_say_what_they_need(changes, words):
 TYPES = {
     **dict.fromkeys(("q", "k", "shares"), "*bf16"),
     **dict.fromkeys(("weight", "mass", "scores", "slopes", "dq", "dweight"), "*fp32"),
+    "lse": "*fp32",
     "selected": "*i32",
     "n_selected": "i32:16",
     "scale_log2": "fp32",
@@ -104,7 +115,7 @@ TYPES = {
 def source(name: str, tile: str, heads: int) -> Source:
     options = kernels.tile(tile, torch.bfloat16, heads).options
     sizes = {key: options.pop(key) for key in ("HEADS", "TOKENS")}
-    sizes |= {"H": heads, "C": 512, "R": 64, "J": heads, "W": 128}
+    sizes |= {"KNOWN": heads == 128, "H": heads, "C": 512, "R": 64, "J": heads, "W": 128}
     code = getattr(kernels, name).fn.__code__
     names = code.co_varnames[: code.co_argcount]
     arguments = {name: sizes[name] if name in sizes else TYPES[name] for name in names}
@@ -114,6 +125,7 @@ def source(name: str, tile: str, heads: int) -> Source:
 def test_they_compile_for_hopper_without_spilling():
     built = build(
         source("_mass", "mass", 128),
+        source("_mass", "mass", 64),  # makes the log-sum-exp itself
         source("_index_scores", "index", 64),
         source("_index_gradients", "index", 64),
     )

@@ -35,38 +35,72 @@ SMALL = Tile(16, 32, 4, 2)  # few heads, or float32
 
 
 @triton.jit
-def _mass(
-    q,
+def _log_sum(
+    q_latent,
+    q_rope,
     k,
     selected,
-    mass,
     n_selected,
     scale_log2,
-    H: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """``mass [M, tiles, N]``: the softmaxes of a tile of heads, added up."""
-    tiles: tl.constexpr = tl.cdiv(H, HEADS)
-    query = (tl.program_id(0) // tiles).to(tl.int64)
-    heads = (tl.program_id(0) % tiles) * HEADS + tl.arange(0, HEADS)
-    q += query * (H * (C + R))
-    q_latent = _heads(q, heads, H, HEADS, C + R, C)
-    q_rope = _heads(q + C, heads, H, HEADS, C + R, R)
+    """Log-sum-exp in base 2 of the scores of one query's heads, ``inf`` where nothing is seen."""
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     for start in tl.range(0, n_selected, TOKENS, disable_licm=True):
-        tokens = tl.load(selected + query * n_selected + start + tl.arange(0, TOKENS))
+        tokens = tl.load(selected + start + tl.arange(0, TOKENS))
         latent, rope = _rows(k, tokens, C, R)
         scores = _scores(q_latent, q_rope, latent, rope, tokens, scale_log2)
         higher = tl.maximum(top, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(scores - base[:, None]), axis=1)
         top = higher
-    seen = (total > 0) & (heads < H)
-    log = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
+    seen = total > 0
+    return tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
+
+
+@triton.jit
+def _mass(
+    q,
+    k,
+    selected,
+    lse,
+    mass,
+    n_selected,
+    scale_log2,
+    KNOWN: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """``mass [M, tiles, N]``: the softmaxes of a tile of heads, added up. KNOWN: ``lse`` is."""
+    tiles: tl.constexpr = tl.cdiv(H, HEADS)
+    query = (tl.program_id(0) // tiles).to(tl.int64)
+    heads = (tl.program_id(0) % tiles) * HEADS + tl.arange(0, HEADS)
+    q += query * (H * (C + R))
+    q_latent = _heads(q, heads, H, HEADS, C + R, C)
+    q_rope = _heads(q + C, heads, H, HEADS, C + R, R)
+    if KNOWN:
+        log = tl.load(lse + query * H + heads, mask=heads < H, other=float("inf"))
+    else:
+        log = _log_sum(
+            q_latent,
+            q_rope,
+            k,
+            selected + query * n_selected,
+            n_selected,
+            scale_log2,
+            C,
+            R,
+            HEADS,
+            TOKENS,
+        )
+        log = tl.where(heads < H, log, float("inf"))
     into = mass + tl.program_id(0).to(tl.int64) * n_selected
     for start in tl.range(0, n_selected, TOKENS, disable_licm=True):
         slots = start + tl.arange(0, TOKENS)
@@ -163,6 +197,7 @@ def index_loss(
     main_q_MHF: Tensor,
     main_k_SF: Tensor,
     selected_MN: Tensor,
+    main_lse_MH: Tensor | None,
     scale: float,
     need_grads: bool,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -182,7 +217,8 @@ def index_loss(
         shape = n_selected, heads, width
         scores = torch.empty(selected.shape, dtype=torch.float32, device=q.device)
         _index_scores[(len(q),)](q, k_SW, weight, selected, scores, *shape, **cut.options)
-        target = main_mass(main_q_MHF[c], main_k_SF, selected, scale)
+        lse = None if main_lse_MH is None else main_lse_MH[c]
+        target = main_mass(main_q_MHF[c], main_k_SF, selected, lse, scale)
         log = scores.log_softmax(-1).masked_fill(selected < 0, 0)
         losses.append((torch.xlogy(target, target) - target * log).sum() / queries)
         if need_grads:
@@ -196,7 +232,9 @@ def index_loss(
     return torch.stack(losses).sum(), [grad / queries for grad in grads]
 
 
-def main_mass(q_MHF: Tensor, k_SF: Tensor, selected_MN: Tensor, scale: float) -> Tensor:
+def main_mass(
+    q_MHF: Tensor, k_SF: Tensor, selected_MN: Tensor, lse_MH: Tensor | None, scale: float
+) -> Tensor:
     """Mean over heads of the main attention's weights of the selected tokens, ``[M, N]``."""
     queries, heads, width = q_MHF.shape
     latent = 1 << (width.bit_length() - 1)
@@ -207,9 +245,11 @@ def main_mass(q_MHF: Tensor, k_SF: Tensor, selected_MN: Tensor, scale: float) ->
         q_MHF,
         k_SF,
         selected_MN,
+        mass if lse_MH is None else lse_MH,
         mass,
         selected_MN.shape[1],
         scale * LOG2_E,
+        lse_MH is not None,
         heads,
         latent,
         width - latent,

@@ -285,7 +285,6 @@ def backward(
     selected_MN = padded(selected_MN)
     queries, heads, width = q_MHF.shape
     value_dim, n_selected = out_MHC.shape[2], selected_MN.shape[1]
-    delta_MH = torch.einsum("mhc,mhc->mh", dout_MHC.float(), out_MHC.float())
     dq_MHF, dk_SF = torch.empty_like(q_MHF), torch.zeros_like(k_SF, dtype=torch.float32)
     sizes = heads, value_dim, width - value_dim
     first, second = (tile(kernel, q_MHF.dtype, heads) for kernel in ("slopes", "dq"))
@@ -299,7 +298,7 @@ def backward(
             selected,
             dout,
             lse_MH[a : a + step],
-            delta_MH[a : a + step],
+            torch.einsum("mhc,mhc->mh", dout.float(), out_MHC[a : a + step].float()),
             slopes,
             n_selected,
             scale,
