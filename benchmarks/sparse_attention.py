@@ -23,6 +23,7 @@ from fathom.ops import block_attention, range_attention, select_by_importance, s
 
 HEADS, GROUPS, WIDTH, WINDOW, SELECTED = 64, 4, 128, 512, 16
 SCALE = WIDTH**-0.5
+OURS = {"impl": "triton"}
 CASES = {  # tokens, block, blocks of a query; kind by the name
     "nsa-8k": (8_192, 64, SELECTED),
     "nsa-32k": (32_768, 64, SELECTED),
@@ -54,25 +55,27 @@ def nsa(length: int, block: int, blocks: int) -> tuple[dict[str, Callable[[], Te
     def select() -> Tensor:
         entries = means(k_cmp, block)
         bounds = (zero, complete, place, place)
-        return select_by_importance(q, entries, *bounds, scale=SCALE, topk_blocks=blocks, **sizes)
+        return select_by_importance(
+            q, entries, *bounds, scale=SCALE, topk_blocks=blocks, **sizes, **OURS
+        )
 
     def compressed() -> Tensor:
         entries = (means(k_cmp, block), means(v_cmp, block))
-        return range_attention(q, *entries, zero, complete, scale=SCALE)
+        return range_attention(q, *entries, zero, complete, scale=SCALE, **OURS)
 
     starts = select()
 
     def selected() -> Tensor:
-        return block_attention(q, k, v, starts, place, block_size=block, scale=SCALE)
+        return block_attention(q, k, v, starts, place, block_size=block, scale=SCALE, **OURS)
 
     def window() -> Tensor:
-        return range_attention(q, k_win, v_win, low, place + 1, scale=SCALE)
+        return range_attention(q, k_win, v_win, low, place + 1, scale=SCALE, **OURS)
 
     parts = {"select": select, "compressed": compressed, "selected": selected, "window": window}
 
     def whole() -> Tensor:
         chosen = select()
-        slc = block_attention(q, k, v, chosen, place, block_size=block, scale=SCALE)
+        slc = block_attention(q, k, v, chosen, place, block_size=block, scale=SCALE, **OURS)
         return compressed() + slc + window()
 
     return {"": whole} | {"-" + name: part for name, part in parts.items()}, inputs
@@ -85,15 +88,17 @@ def moba(length: int, block: int, blocks: int) -> tuple[dict[str, Callable[[], T
     bounds = (torch.zeros_like(place), place // block, place, place)
 
     def select() -> Tensor:
-        return select_by_mean(q, means(k, block), *bounds, block_size=block, topk_blocks=blocks)
+        return select_by_mean(
+            q, means(k, block), *bounds, block_size=block, topk_blocks=blocks, **OURS
+        )
 
     starts = select()
 
     def selected() -> Tensor:
-        return block_attention(q, k, v, starts, place, block_size=block, scale=SCALE)
+        return block_attention(q, k, v, starts, place, block_size=block, scale=SCALE, **OURS)
 
     def whole() -> Tensor:
-        return block_attention(q, k, v, select(), place, block_size=block, scale=SCALE)
+        return block_attention(q, k, v, select(), place, block_size=block, scale=SCALE, **OURS)
 
     return {"": whole, "-select": select, "-selected": selected}, inputs
 

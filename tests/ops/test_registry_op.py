@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from fathom.ops import OPS, attention, grouped_mm, table, why_not
-from fathom.ops.registry import autocast, choose
+from fathom.ops import OPS, attention, grouped_mm, registry, table, why_not
+from fathom.ops.registry import Implementations, autocast, choose, takes_all
 
 
 def test_every_op_is_in_the_table_with_what_runs_where():
@@ -46,6 +46,21 @@ def test_a_forced_kernel_is_refused_with_the_way_out(op):
         ValueError, match=r"cannot run: .* pass impl='auto' for '(torch|reference)'"
     ):
         choose(OPS[op], "triton", torch.ones(4, 4), torch.ones(1, 4, 4))
+
+
+def test_an_unproven_kernel_runs_on_request_alone():
+    refusals = {"triton": takes_all, "reference": takes_all}
+    tried = Implementations(op="tried", refusals=refusals)
+    untried = Implementations(op="untried", refusals=refusals, unproven=frozenset({"triton"}))
+    assert choose(tried, "auto", torch.ones(1)) == "triton"
+    assert choose(untried, "auto", torch.ones(1)) == "reference"
+    assert choose(untried, "triton", torch.ones(1)) == "triton"
+    assert "tests have not run on a GPU" in untried.passed_over("triton")
+
+
+def test_the_environment_lets_auto_take_unproven_kernels(monkeypatch):
+    monkeypatch.setattr(registry, "TAKE_UNPROVEN", True)
+    assert OPS["block_attention"].fastest("cuda", torch.bfloat16) == "triton"
 
 
 def test_ops_refuse_rather_than_swap():

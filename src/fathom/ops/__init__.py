@@ -106,7 +106,8 @@ def table(
             name,
             cpu=implementations.fastest("cpu", cpu_dtype),
             cuda=implementations.fastest("cuda", cuda_dtype),
-            why_not=implementations.why_not("triton", "cuda", cuda_dtype),
+            why_not=implementations.why_not("triton", "cuda", cuda_dtype)
+            or implementations.passed_over("triton"),
         )
         for name, implementations in OPS.items()
     ]

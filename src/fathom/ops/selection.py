@@ -45,11 +45,11 @@ def selection_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) 
     return width_refusal(q, k, k)
 
 
-SELECT_BY_MEAN = Implementations(
-    op="select_by_mean", refusals={"triton": selection_kernel_refusal, "reference": takes_all}
-)
+REFUSALS = {"triton": selection_kernel_refusal, "reference": takes_all}
+UNPROVEN = frozenset({"triton"})
+SELECT_BY_MEAN = Implementations(op="select_by_mean", refusals=REFUSALS, unproven=UNPROVEN)
 SELECT_BY_IMPORTANCE = Implementations(
-    op="select_by_importance", refusals={"triton": selection_kernel_refusal, "reference": takes_all}
+    op="select_by_importance", refusals=REFUSALS, unproven=UNPROVEN
 )
 
 
