@@ -52,6 +52,7 @@ VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "eval": "--data --seq-len --max-bytes --device --dtype --format --import",
     "probe": "--data --seq-len --seed --device --import",
     "runs": "--format",
+    "chaos": "--out --steps --kills --flips --seed --format --set --import",
     "env": "--ops --format",
 }
 

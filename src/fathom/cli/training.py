@@ -1,5 +1,6 @@
 """Studies and runs: train, compare, list."""
 
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -197,21 +198,15 @@ def runs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look.")] = Path("runs"),
     form: Form = Format.human,
 ) -> None:
-    """The runs in a folder: how far each is, its loss, its held-out bits per byte.
+    """The runs in a folder: how far each is, its losses, whether its newest checkpoint is whole.
 
     \b
     Example:
       fathom runs runs/demo
     """
-    from fathom.train.metrics import read_lines
+    from fathom.train.listing import list_runs
 
-    found = []
-    for path in sorted(folder.rglob("metrics.jsonl")):
-        steps, evaluations = read_lines(path), read_lines(path.with_name("eval.jsonl"))
-        last = steps[-1] if steps else {}
-        bpb = evaluations[-1]["val_bpb"] if evaluations else None
-        figures = {key: last.get(key) for key in ("step", "tokens", "loss")}
-        found.append({"run": str(path.parent), **figures, "val_bpb": bpb})
+    found = list_runs(folder)
     if form is Format.json:
         console.show_json(found)
     elif not found:
@@ -219,3 +214,42 @@ def runs(
     else:
         rows = [[console.brief(value) for value in run.values()] for run in found]
         console.show_table([list(found[0]), *rows])
+
+
+@app.command(cls=console.VerbWithSettings)
+def chaos(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's TOML.")],
+    out: Out = None,
+    steps: Annotated[int, typer.Option(help="Of each short run.")] = 12,
+    kills: Annotated[int, typer.Option(help="Of a process that only saves.")] = 100,
+    flips: Annotated[int, typer.Option(help="Files to damage.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the moments and places.")] = 0,
+    form: Form = Format.human,
+    settings: Settings = None,
+    imports: Imports = None,
+) -> None:
+    """Kill, stop, cut and fill up short runs of a config, and count what was survived.
+
+    \b
+    Example:
+      fathom chaos configs/tiny.toml --out /mnt/scratch/chaos
+    """
+    from fathom.chaos.report import chaos as run
+    from fathom.train.config import read_run_config
+
+    cfg = read_run_config(config, settings or ())
+    rows = []
+    for row in run(
+        cfg, out or Path("runs/chaos"), steps=steps, kills=kills, flips=flips, seed=seed
+    ):
+        rows.append(row)
+        if form is Format.human:
+            console.note(f"{row.survived} of {row.tries}: {row.what}")
+    failed = sum(row.tries - row.survived for row in rows)
+    if form is Format.json:
+        console.show_json([asdict(row) for row in rows])
+    else:
+        table = [(row.what, row.tries, row.survived, row.note or "-") for row in rows]
+        console.show_table([("what happened", "times", "survived", "note"), *table])
+    if failed:
+        raise typer.Exit(console.FAILED)

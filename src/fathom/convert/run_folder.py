@@ -284,6 +284,8 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
                 f"{folder} has checkpoint format {manifest['format']}, this version reads {FORMAT}"
             )
         files, world = manifest["files"], manifest["world"]
+        if type(world) is not int or world < 1:
+            raise CheckpointError(f"{path} is damaged: no {world} processes wrote it")
         for name in [TOKENIZER, CONFIG, *_model_files(world, most=len(files))]:
             if name not in files:
                 raise CheckpointError(f"{path} is damaged: it lists no {name}")

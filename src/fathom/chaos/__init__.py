@@ -1,0 +1,1 @@
+"""What may happen to a training run, done on purpose: ``fathom chaos`` counts what it survives."""

@@ -1,0 +1,76 @@
+"""Processes that may be killed: forked, so that none imports torch again.
+
+Forking is safe as long as this process has computed nothing: OpenMP and autograd have no threads
+yet, and CUDA has not begun.
+"""
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch._dynamo  # noqa: F401  here, so that no child has to: it takes seconds
+
+from fathom.console import explain
+
+KILLED = -signal.SIGKILL
+
+
+class Child:
+    """A forked process that does ``work``; its exit code is the answer, or that of its error.
+
+    Args:
+        log: takes what it prints; None: nobody does.
+    """
+
+    def __init__(self, work: Callable[[], int], log: Path | None = None) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            self.pid = os.fork()
+        if self.pid == 0:
+            _be_child(work, log)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code; minus the number of the signal that ended it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def wait_at_most(self, seconds: float) -> int | None:
+        """The same, or None if it still runs then."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        return None
+
+    def kill_after(self, seconds: float) -> int:
+        """Its exit code: it ended by itself before, or is killed then."""
+        code = self.wait_at_most(seconds)
+        if code is not None:
+            return code
+        self.send(signal.SIGKILL)
+        return self.wait()
+
+
+def _be_child(work: Callable[[], int], log: Path | None) -> None:
+    """Never returns: what stands above in the stack is the parent's."""
+    code = 1
+    try:
+        to = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(to, 1)
+        os.dup2(to, 2)
+        sys.stdout = sys.stderr = os.fdopen(to, "w", closefd=False)
+        code = work()
+    except BaseException as error:
+        code = explain(error)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
