@@ -89,24 +89,25 @@ def new_folder(final: Path, ranks: Ranks | None = None) -> Iterator[Path]:
 
 
 def seal_own(folder: Path, ranks: Ranks) -> None:
-    """Of several ranks: sync this one's files, and leave a list of them for rank 0."""
-    if ranks.size > 1:
+    """Of a rank but the first: sync its files, and leave a list of them for rank 0."""
+    if ranks.rank > 0:
         mine = [path for path in folder.iterdir() if _rank_of(path.name) == ranks.rank]
         write_json(part_path(folder / MANIFEST, ranks.rank), _synced(mine))
 
 
 def seal(folder: Path, ranks: Ranks | None = None) -> None:
-    """Sync every file, and write the manifest that lists them with sizes and hashes."""
+    """Sync every file, and write the manifest that lists them with sizes and hashes.
+
+    Of several ranks the first does it, when the others have sealed their own: while they write,
+    there may be files of theirs that are about to be renamed.
+    """
     size = 1 if ranks is None else ranks.size
-    if size == 1:
-        files = _synced([path for path in folder.iterdir() if path.name != MANIFEST])
-    else:
-        lists = [part_path(folder / MANIFEST, rank) for rank in range(size)]
-        files = {name: entry for path in lists for name, entry in read_json(path).items()}
-        for path in lists:
-            path.unlink()
-        for path in folder.glob("*.rank-00000.safetensors"):
-            check_whole(path.with_name(path.name.replace(".rank-00000", "")))
+    files = _synced([p for p in folder.iterdir() if p.name != MANIFEST and not _rank_of(p.name)])
+    for path in (part_path(folder / MANIFEST, rank) for rank in range(1, size)):
+        files |= read_json(path)
+        path.unlink()
+    for path in folder.glob("*.rank-00000.safetensors"):
+        check_whole(path.with_name(path.name.replace(".rank-00000", "")))
     write_json(folder / MANIFEST, {"format": FORMAT, "world": size, "files": files})
     sync(folder / MANIFEST)
     sync(folder)
