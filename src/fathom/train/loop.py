@@ -40,6 +40,7 @@ from fathom.train.device import (
 from fathom.train.evaluate import Evaluation, evaluate, last_evaluation
 from fathom.train.folder import check_disk, check_folder, locked
 from fathom.train.guards import MAX_NOT_FINITE, MAX_ROLLBACKS, ExpertWatch, SpikeGuard, bits
+from fathom.train.memory import explained
 from fathom.train.metrics import (
     Figures,
     JsonLines,
@@ -132,6 +133,7 @@ def train(
         stop = stack.enter_context(signals)
         device = pick_device(cfg.train.device)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(explained(cfg, device))
         trainer = Trainer(
             cfg,
             out,
