@@ -1,11 +1,12 @@
 """Folders of a stranger: refused in one sentence, and nothing is run, written or sent meanwhile."""
 
+import contextlib
 import json
 import os
 import pickle
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,64 @@ HOSTILE: dict[str, Spoil] = {
     "one tensor wider": tensor("model.norm.weight", torch.ones(33)),
     "one tensor of whole numbers": tensor("model.norm.weight", torch.ones(32, dtype=torch.int32)),
     "one tensor empty": tensor("model.norm.weight", torch.ones(0)),
+    "pickle beside an index that names it": lambda folder: [
+        only("model.bin", pickle.dumps(Evil()))(folder),
+        content(INDEX, b'{"weight_map": {"a": "model.bin"}}')(folder),
+    ],
+    "zip of a pickle for weights": only("model.pt", b"PK\x03\x04" + pickle.dumps(Evil())),
+    "zip for weights": content(SINGLE, b"PK\x05\x06" + bytes(18)),
+    "index that is a device": lambda folder: [
+        only("x", b"")(folder),
+        link(INDEX, "/dev/zero")(folder),
+    ],
+    "index that is a pipe": lambda folder: [
+        index("a.safetensors")(folder),
+        pipe(INDEX)(folder),
+    ],
+    "index of a folder": lambda folder: [
+        index("a.safetensors")(folder),
+        (folder / "a.safetensors").mkdir(),
+    ],
+    "index with a null character": index("a\0.safetensors"),
+    "index to a file of another disk": index("C:\\a.safetensors"),
+    "index of ten thousand files": lambda folder: [
+        index("a.safetensors")(folder),
+        content(
+            INDEX,
+            json.dumps(
+                {"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(10_000)}}
+            ).encode(),
+        )(folder),
+    ],
+    "index that is a list": lambda folder: [
+        index("a.safetensors")(folder),
+        content(INDEX, b"[]")(folder),
+    ],
+    "weights that are a folder": lambda folder: [
+        (folder / SINGLE).unlink(),
+        (folder / SINGLE).mkdir(),
+    ],
+    "config that is a folder": lambda folder: [
+        (folder / "config.json").unlink(),
+        (folder / "config.json").mkdir(),
+    ],
+    "config in another encoding": content(
+        "config.json", '{"model_type": "llama"}'.encode("utf-16")
+    ),
+    "config that is not a number": config(rms_norm_eps=float("nan")),
+    "config of a language in pictures": config(
+        text_config={"model_type": "evil"}, hidden_size=None
+    ),
+    "a context without end": config(max_position_embeddings=2**62),
+}
+
+UNREADABLE_TOKENIZERS: dict[str, Spoil] = {
+    "tokenizer that is no JSON": content("tokenizer.json", b"\xff\xfe"),
+    "tokenizer that panics": content(
+        "tokenizer.json",
+        b'{"version": "1.0", "model": {"type": "Unigram", "vocab": [], "unk_id": 7}}',
+    ),
+    "tokenizer config that is deep": content("tokenizer_config.json", b"[" * 100_000),
 }
 
 WATCHED = ("subprocess.", "os.", "socket.", "shutil.", "urllib.", "ctypes.", "open", "import")
@@ -188,23 +247,41 @@ def hook() -> None:
     sys.addaudithook(watch)
 
 
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_folder_is_refused_and_does_nothing(folder, case, hook):
+@contextlib.contextmanager
+def unmoved() -> Iterator[None]:
+    """Nothing is run, written or sent meanwhile."""
     global watching
-    HOSTILE[case](folder)
-    before = sorted(os.listdir(folder))
     watching = []
     try:
-        with pytest.raises(CheckpointError) as refusal:
-            fathom.load(folder)
+        yield
     finally:
         seen, watching = watching, None
     assert seen == []
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_folder_is_refused_and_does_nothing(folder, case, hook):
+    HOSTILE[case](folder)
+    before = sorted(os.listdir(folder))
+    with unmoved(), pytest.raises(CheckpointError) as refusal:
+        fathom.load(folder)
     assert str(refusal.value).isprintable()
     assert len(str(refusal.value)) < 1000
     assert sorted(os.listdir(folder)) == before
     assert RAN not in os.environ
+
+
+@pytest.mark.parametrize("case", UNREADABLE_TOKENIZERS)
+def test_a_hostile_tokenizer_is_left_out_and_does_nothing(folder, case, hook):
+    UNREADABLE_TOKENIZERS[case](folder)
+    with unmoved():
+        model = fathom.load(folder)
+    assert model.tokenizer is None
+
+
+def test_there_are_sixty_hostile_folders():
+    assert len(HOSTILE) + len(UNREADABLE_TOKENIZERS) >= 60
 
 
 def test_the_folder_that_was_spoilt_can_be_loaded(folder):

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fathom
 from fathom.config import LayerGroup, ModelConfig
+from fathom.convert.checkpoint import Origin
 from fathom.data.corpus import BUNDLED
 from fathom.data.tokenizer import Tokenizer
 from fathom.ffn import DenseConfig
 from fathom.generate import Engine
 from fathom.generate import engine as engine_module
 from fathom.generate.defaults import GenerationDefaults
+from fathom.generate.engine import tokenizer_of
 from fathom.model import Decoder, build_model
 from fathom.presets import preset
 from kinds import DIM, KINDS
@@ -320,3 +323,10 @@ def test_a_gpu_writes_what_the_cpu_writes() -> None:
         assert Engine(model.cuda()).generate(prompts, **ask) == on_cpu
         drawn = Engine(model).generate(prompts, temperature=1.0, seed=1, **ask)
         assert Engine(model).generate(prompts, temperature=1.0, seed=1, **ask) == drawn
+
+
+def test_another_projects_model_does_not_get_our_tokenizer() -> None:
+    model = fathom.build("tiny-llama")
+    assert tokenizer_of(model) is not None
+    object.__setattr__(model, "origin", Origin())
+    assert tokenizer_of(model) is None

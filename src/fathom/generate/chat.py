@@ -12,6 +12,7 @@ from pathlib import Path
 from fathom.generate.chat_template import PLAIN_TEMPLATE, ChatTemplate, Message, read_chat_template
 from fathom.generate.defaults import GenerationDefaults
 from fathom.generate.engine import Engine, FinishReason
+from fathom.generate.memory import Memory
 from fathom.layers.base import require
 from fathom.model import Decoder
 
@@ -70,6 +71,7 @@ class Chat:
         self.system = system
         self.messages: list[Message] = []  # without the system prompt
         self.settings = GenerationDefaults()  # what was set in the conversation
+        self.memory = Memory()
 
     @property
     def effective(self) -> GenerationDefaults:
@@ -139,6 +141,7 @@ class Chat:
                 seed=self.seed + len(self.messages),
                 stop=self.template.stop,
                 stream=take,
+                memory=self.memory,
             )
             reason = result.finish_reason
         except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fathom.data.corpus import BUNDLED
 from fathom.data.tokenizer import Tokenizer
 from fathom.generate.defaults import GenerationDefaults, read_defaults
+from fathom.generate.memory import Memory
 from fathom.generate.sample import (
     Said,
     Sampling,
@@ -81,10 +82,15 @@ class Row:
 
 
 def tokenizer_of(model: Decoder) -> Tokenizer | None:
-    """The tokenizer that was loaded with a model, else the bundled one of its vocabulary size."""
+    """The tokenizer that was loaded with a model, else the bundled one of its vocabulary size.
+
+    None: there is neither, or the model is another project's, whose ids are not ours.
+    """
     if (loaded := getattr(model, "tokenizer", None)) is not None:
         assert isinstance(loaded, Tokenizer)
         return loaded
+    if getattr(model, "origin", None) is not None:
+        return None
     name = BUNDLED_BY_SIZE.get(model.cfg.vocab_size)
     return None if name is None else Tokenizer.load(BUNDLED / f"tokenizer-{name}.json")
 
@@ -146,6 +152,7 @@ class Engine:
         stop: Sequence[str] = (),
         symbols: bool = False,
         stream: Callable[[int, str], None] | None = None,
+        memory: Memory | None = None,
     ) -> list[Generation]:
         """Continue each prompt, at most ``max_new_tokens`` tokens or to the end of its text.
 
@@ -161,6 +168,7 @@ class Engine:
             stop: strings that end a text; they are not part of it.
             symbols: let the model write image ids too; else they are never chosen.
             stream: called with a prompt's place and each piece of its text, as soon as it is sure.
+            memory: of a conversation: what it holds of the only prompt is not read again.
 
         Raises:
             ValueError: a prompt or setting that cannot be; the sentence says what is allowed.
@@ -186,11 +194,13 @@ class Engine:
         if not rows:
             return []
         starts_B = self._starts(rows)
-        cache = self._new_cache(rows, length)
+        cache = self._cache(rows, length, memory)
         eos_ids = self._eos_ids(settings)
         barred_V = self._barred(eos_ids, symbols=symbols)
         said = self._said(rows, how)
         logits_BV = self._prefill(rows, cache)
+        if memory is not None:
+            memory.ids = list(rows[0].prompt)
         for left in reversed(range(length)):
             allowed_BV = adjusted(logits_BV, how, said).masked_fill(barred_V, -torch.inf)
             tokens_B = next_tokens(allowed_BV, how, generators)
@@ -203,6 +213,8 @@ class Engine:
                 said.add(tokens_B)
             logits_BV = self.model(tokens_B[:, None], cache=cache, starts_B=starts_B)[:, -1]
             starts_B = None if starts_B is None else starts_B + 1
+            if memory is not None:
+                memory.ids += tokens_B.tolist()
         self._finish(rows, stream)
         return [row.result() for row in rows]
 
@@ -241,14 +253,18 @@ class Engine:
         )
         return ids
 
-    def _new_cache(self, rows: list[Row], max_new_tokens: int) -> Cache:
+    def _cache(self, rows: list[Row], max_new_tokens: int, memory: Memory | None) -> Cache:
+        """Room for every row; what a memory knows of the only one is in it."""
         longest, context = max(len(row.prompt) for row in rows), self.model.cfg.max_seq_len
         require(
             longest + max_new_tokens <= context,
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit in the "
             f"model's context of {context} (max_seq_len): shorten one of them",
         )
-        return self.model.new_cache(len(rows), longest + max_new_tokens)
+        if memory is None:
+            return self.model.new_cache(len(rows), longest + max_new_tokens)
+        require(len(rows) == 1, f"a memory is of one conversation, got {len(rows)} prompts")
+        return memory.recall(self.model, rows[0].prompt, longest + max_new_tokens)
 
     def _starts(self, rows: list[Row]) -> Tensor | None:
         """The position behind each prompt, ``[B]``; None where it is the same for all."""
@@ -294,11 +310,12 @@ class Engine:
         return barred_V.to(self._device)
 
     def _prefill(self, rows: list[Row], cache: Cache) -> Tensor:
-        """Read each prompt into its row of the cache; returns what follows them, ``[B, V]``."""
-        last = []
+        """Read what is new of each prompt into its row of the cache; what follows, ``[B, V]``."""
+        last, known = [], cache.length
         for place, row in enumerate(rows):
             part, logits_1TV = cache.rows(place, place + 1), None
-            tokens_1T = torch.tensor([row.prompt], device=self._device)
+            part.length = known
+            tokens_1T = torch.tensor([row.prompt[known:]], device=self._device)
             for chunk_1T in tokens_1T.split(PREFILL_CHUNK, dim=1):
                 logits_1TV = self.model(chunk_1T, cache=part)
             assert logits_1TV is not None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fathom.generate.memory import can_be_cut_back
 from fathom.layers.base import require
 from fathom.layers.cache import Cache
 from fathom.layers.step import Step
@@ -122,9 +123,8 @@ def speculate(model: Decoder, prompt: Sequence[int], max_new_tokens: int) -> Spe
 def check(model: Decoder) -> None:
     """Refuse a model that cannot draft, or whose cache cannot forget a token."""
     require(len(model.mtp) > 0, "this model has no MTP module to draft with")
-    streams = [stream for group in model.cfg.groups for stream in group.attention.streams()]
     require(
-        all(stream.window is None and stream.tokens_per_entry == 1 for stream in streams),
+        can_be_cut_back(model),
         "speculative decoding must be able to take a token back, and a windowed cache, or one with "
         "entries of several tokens, cannot",
     )
