@@ -117,7 +117,7 @@ def save(
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model as a new folder, or a Llama as a GGUF file.
+    """Write a model as a new folder, or a Llama, DeepSeek-V2 or V3 as a GGUF file.
 
     Args:
         tokenizer: None: the one that came with the model, or the bundled one of its size.

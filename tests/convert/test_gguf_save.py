@@ -118,7 +118,6 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "options", "sentence"),
     [
-        ("tiny-deepseek", "m.gguf", {}, "only Llamas are written as GGUF, and this is 'deepseek"),
         ("tiny-gqa", "m.bin", {}, r"must be called \*\.gguf"),
         ("tiny-gqa", "m.gguf", {"kind": "Q4_K"}, "kind must be one of F16, Q8_0"),
     ],
