@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from fathom.cli.options import (
     Model,
     Seed,
 )
+
+if TYPE_CHECKING:
+    from fathom.model import Decoder
 
 app = typer.Typer()
 
@@ -61,14 +64,8 @@ def generate(
       fathom generate runs/tiny --prompt "It is a truth" --temperature 0.8
     """
     from fathom.generate import Engine
-    from fathom.generate.layout import lay_out_for_decoding
-    from fathom.targets import is_preset, open_model, pick
 
-    with console.progress() as bar:
-        built = open_model(model, device=pick(device), dtype=dtype, seed=seed, progress=bar)
-    lay_out_for_decoding(built)
-    if is_preset(model):
-        typer.echo(f"{model} is a preset: its weights are random", err=True)
+    built = _ready(model, device, dtype, seed)
     prompts = prompt or [""]
     live = form is Format.human and len(prompts) == 1
     if live:
@@ -97,6 +94,19 @@ def generate(
         if not live:
             typer.echo(console.clean(text + result.text), nl=False)
         typer.echo("" if result.text else f" [no text: {REASONS[result.finish_reason]}]")
+
+
+def _ready(model: str, device: str, dtype: str | None, seed: int) -> "Decoder":
+    """The model, laid out for decoding; a preset's is said to be random."""
+    from fathom.generate.layout import lay_out_for_decoding
+    from fathom.targets import is_preset, open_model, pick
+
+    with console.progress() as bar:
+        built = open_model(model, device=pick(device), dtype=dtype, seed=seed, progress=bar)
+    lay_out_for_decoding(built)
+    if is_preset(model):
+        typer.echo(f"{model} is a preset: its weights are random", err=True)
+    return built
 
 
 REASONS = {
@@ -139,8 +149,6 @@ def chat(
     from fathom.generate.chat import Chat, talk, template_of
     from fathom.generate.chat_template import PLAIN_TEMPLATE
     from fathom.generate.defaults import GenerationDefaults
-    from fathom.generate.layout import lay_out_for_decoding
-    from fathom.targets import is_preset, open_model, pick
 
     line = GenerationDefaults(
         max_new_tokens=max_new_tokens,
@@ -153,11 +161,7 @@ def chat(
         frequency_penalty=frequency_penalty,
     )
     line.check()
-    with console.progress() as bar:
-        built = open_model(model, device=pick(device), dtype=dtype, seed=seed, progress=bar)
-    lay_out_for_decoding(built)
-    if is_preset(model):
-        typer.echo(f"{model} is a preset: its weights are random", err=True)
+    built = _ready(model, device, dtype, seed)
     template = template_of(built)
     if template is PLAIN_TEMPLATE:
         typer.echo(f"{model} has no chat template: it sees plain turns, User: ... and", err=True)

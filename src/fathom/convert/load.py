@@ -16,10 +16,10 @@ from fathom.convert.fp8 import E4M3, Dequantised
 from fathom.convert.gguf import is_gguf, open_gguf
 from fathom.convert.hf_tokenizer import read_hf_tokenizer
 from fathom.convert.rules import Copy, Rule, filled_by
-from fathom.convert.run_folder import CheckpointError, uninitialised
+from fathom.convert.run_folder import CheckpointError
 from fathom.convert.source import Entry, Progress, TensorSource
 from fathom.data.tokenizer import Tokenizer
-from fathom.model import Decoder
+from fathom.model import Decoder, uninitialised
 
 THREADS = 4
 RUN_BYTES = 8 * 2**20

@@ -33,7 +33,7 @@ from fathom.convert.parts import (
 from fathom.convert.ranks import Ranks
 from fathom.data.shards import sync
 from fathom.data.tokenizer import Tokenizer
-from fathom.model import Decoder
+from fathom.model import Decoder, uninitialised
 from fathom.settings import ConfigError, parse, read_toml, to_data
 
 FORMAT = 1
@@ -417,14 +417,3 @@ def _stored_dtype(path: Path) -> str:
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     with opened(path) as stored:
         return names[stored.dtype("embed.weight")]
-
-
-def uninitialised(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """A model whose weights are whatever was in memory, to be filled."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return Decoder(cfg)
-    finally:
-        torch.set_default_dtype(before)

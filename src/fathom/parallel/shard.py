@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from fathom.config import ModelConfig
 from fathom.convert.parts import Part, whole
 from fathom.ffn.experts import Experts
-from fathom.model import Decoder
+from fathom.model import Decoder, uninitialised
 from fathom.model.init import fill
 from fathom.parallel.ep import ExpertParallel
 from fathom.parallel.mesh import Layout, is_expert, is_spread, local
@@ -30,13 +30,7 @@ def build_part(
 
     No more than one whole tensor is in memory at a time.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model = Decoder(cfg)
-    finally:
-        torch.set_default_dtype(before)
+    model = uninitialised(cfg, torch.device("meta"), dtype)
     distribute(model, layout)
     model.to_empty(device=device)
     for name, part in model_parts(model, layout).items():
