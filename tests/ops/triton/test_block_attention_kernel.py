@@ -66,6 +66,18 @@ def test_values_and_gradients_are_the_references(shape, agree, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("name", ["nsa-by-query", "moba-by-block"])
+def test_float16_goes_through_the_tiles_of_a_gpu(name, agree):
+    q, k, v, starts, places = tensors(SHAPES[name], dtype=torch.float16)
+    size = SHAPES[name][7]
+    agree(
+        lambda q, k, v: kernel(q, k, v, starts, places, size, 0.4),
+        lambda q, k, v: block_attention_reference(q, k, v, starts, places, size, 0.4),
+        (q, k, v),
+        tol=2e-3,
+    )
+
+
 @pytest.mark.parametrize("few", [0, 99], ids=["by-query", "by-block"])
 def test_packed_documents_of_any_length_restart_the_grid(few, agree, monkeypatch):
     monkeypatch.setattr(kernels, "FEW_HEADS", few)

@@ -55,6 +55,16 @@ def test_values_and_gradients_are_the_references(case, agree):
     )
 
 
+def test_float16_goes_through_the_tiles_of_a_gpu(agree):
+    q, k, v, lows, highs = tensors(*CASES["compressed"], dtype=torch.float16)
+    agree(
+        lambda q, k, v: _range_attention(q, k, v, lows, highs, 0.4)[0],
+        lambda q, k, v: range_attention(q, k, v, lows, highs, scale=0.4, impl="reference"),
+        (q, k, v),
+        tol=2e-3,
+    )
+
+
 def test_nothing_is_written_outside_and_everything_inside(monkeypatch):
     monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", 4)
     q, k, v, lows, highs = tensors(*CASES["compressed"])
