@@ -219,14 +219,13 @@ def test_an_arm_that_the_record_lacks_is_a_problem(tmp_path):
         build.verdicts(recorded(tmp_path), ["gqa"])
 
 
-def test_pages_ask_for_arms_that_the_demo_has() -> None:
-    known = {arm.name for arm in load_study("demo").arms}
-    asked = set()
-    for path in PAGES.values():
-        for names in re.findall(r'^\[([^\]]+)\]\(\S+ "verdict"\)$', path.read_text(), re.MULTILINE):
-            asked |= {name.strip() for name in names.split(",")}
-    assert asked
-    assert asked <= known
+def test_pages_ask_for_arms_that_the_study_has() -> None:
+    asked = re.compile(r'^\[([^\]]+)\]\(\.\./studies/(\w+)-\w+/\S+ "verdict"\)$', re.MULTILINE)
+    found = [match for path in PAGES.values() for match in asked.findall(path.read_text())]
+    assert {study for _, study in found} == {"demo", "sparse"}
+    for names, study in found:
+        known = {arm.name for arm in load_study(study).arms}
+        assert {name.strip() for name in names.split(",")} <= known
 
 
 class Links(HTMLParser):

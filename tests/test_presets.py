@@ -32,15 +32,22 @@ PUBLISHED = {
 }
 
 
+FEW_BLOCKS = {
+    "moba": {"block_size": 4, "topk_blocks": 2},
+    "nsa": {"cmp_block_size": 4, "cmp_stride": 2, "block_size": 4, "topk_blocks": 3},
+}
+
+
 def shrunken(cfg: ModelConfig) -> ModelConfig:
     """The same parts with small numbers: groups, ratios and switches stay."""
     data = to_data(cfg) | {"vocab_size": 64, "dim": 32, "max_seq_len": 32}
     for group in data["groups"]:
         group["count"] = 1
         attention, ffn = group["attention"], group["ffn"]
-        if attention["kind"] == "mha":
+        if "n_kv_heads" in attention:
             share = attention["n_heads"] // attention["n_kv_heads"]
             attention |= {"n_heads": 2 * share, "n_kv_heads": 2, "head_dim": 8}
+            attention |= FEW_BLOCKS.get(attention["kind"], {})
         else:
             attention |= {"n_heads": 2, "kv_lora_rank": 16, "v_head_dim": 8}
             attention |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4}

@@ -12,7 +12,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
-from fathom.attention import AttentionConfig, DSAConfig, MHAConfig, MLAConfig
+from fathom.attention import (
+    AttentionConfig,
+    DSAConfig,
+    MHAConfig,
+    MLAConfig,
+    MoBAConfig,
+    NSAConfig,
+)
 from fathom.config import LayerGroup, ModelConfig, MTPConfig
 from fathom.ffn import DenseConfig, FFNConfig, MoEConfig
 from fathom.ffn.balance import AuxLossFree, SeqAuxLoss
@@ -205,6 +212,28 @@ def _tiny_mla() -> MLAConfig:
     )
 
 
+def _tiny_moba() -> MoBAConfig:
+    """A query reads at most 96 of 512 tokens."""
+    return MoBAConfig(
+        n_heads=4, n_kv_heads=4, head_dim=32, position=RopeConfig(), block_size=32, topk_blocks=3
+    )
+
+
+def _tiny_nsa() -> NSAConfig:
+    """A query reads at most 63 compressed keys, 128 selected tokens and a window of 64."""
+    return NSAConfig(
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=32,
+        position=RopeConfig(),
+        cmp_block_size=16,
+        cmp_stride=8,
+        block_size=32,
+        topk_blocks=4,
+        window_size=64,
+    )
+
+
 def _tiny_moe() -> MoEConfig:
     """A token reads 5 routed experts and the shared one: 6 x 64 channels, as the dense 384."""
     return _v3_moe(16, top_k=5, inter_dim=64, route_scale=5**0.5)
@@ -385,6 +414,8 @@ _TABLE: dict[str, Callable[[], ModelConfig]] = {
     "tiny-gqa": lambda: _tiny(_mha(4, 2, 32)),
     "tiny-mla": lambda: _tiny(_tiny_mla()),
     "tiny-moe": lambda: _tiny(ffn=_tiny_moe()),
+    "tiny-moba": lambda: _tiny(_tiny_moba()),
+    "tiny-nsa": lambda: _tiny(_tiny_nsa()),
     "tiny-dsa": lambda: _tiny(
         DSAConfig.beside(_tiny_mla(), index_n_heads=8, index_head_dim=32, index_topk=64)
     ),

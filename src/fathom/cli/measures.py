@@ -1,5 +1,6 @@
 """Measurements of a trained model."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -87,3 +88,36 @@ def probe(
     console.show_json(
         {"probe": name, "model": model, "result": PROBES[name].run(built, dataset, context)}
     )
+
+
+@app.command()
+def inspect(
+    model: Model,
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="The text to read.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")
+    ] = Path("inspect.html"),
+    layer: Annotated[int | None, typer.Option(help="From 0; else the first that selects.")] = None,
+    head: Annotated[int, typer.Option(help="The head shown first, from 0.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Read so much of the text.")] = 512,
+    device: Device = "auto",
+    imports: Imports = None,
+) -> None:
+    """Draw what each query of a layer reads of your text, beside the true attention.
+
+    \b
+    Example:
+      fathom inspect runs/tiny --text notes.txt
+      fathom inspect tiny-moba --text notes.txt --layer 2 --out moba.html
+    """
+    from fathom.generate.engine import tokenizer_of
+    from fathom.inspect import look, write_page
+    from fathom.targets import open_model, pick
+
+    words = text.read_text(encoding="utf-8", errors="replace")
+    built = open_model(model, device=pick(device))
+    tokenizer = tokenizer_of(built)
+    if tokenizer is None:
+        raise ValueError(f"{model} came without a tokenizer, so it reads no text")
+    found = look(built, tokenizer, words, layer=layer, max_tokens=max_tokens)
+    typer.echo(f"wrote {write_page(found, out, title=model, head=head)}")

@@ -23,6 +23,11 @@ TITLES = {
         "One token at a time from a cache, as when text is generated. MLA can rebuild its keys "
         "and values (expanded) or work on its latents (absorbed).",
     ),
+    "length": (
+        "Time against length",
+        "Milliseconds of one attention layer on one sequence, its projections and what it selects "
+        "by included. Where the lines of two arms cross, one begins to pay.",
+    ),
     "retrieval": (
         "Retrieval from the context",
         "Pairs of random tokens are shown, then one key: is its value the likeliest of those? And "
@@ -54,6 +59,12 @@ TITLES = {
         "Position's share of the score",
         "Share of the attention scores' variance that the distance alone predicts; shuffled is "
         "what chance would give.",
+    ),
+    "selection": (
+        "What sparse attention selects",
+        "Share of the true attention's mass in the blocks that were read; best is what as many "
+        "blocks could hold, chance what blocks drawn at random would. Recall: how many of the best "
+        "were read.",
     ),
 }
 ELSEWHERE = ("routing", "domains")  # these have sections of their own

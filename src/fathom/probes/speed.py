@@ -17,24 +17,19 @@ from fathom.attention.mla import MLA
 from fathom.data.dataset import Dataset
 from fathom.model import Decoder
 from fathom.probes.base import Context, Record, longest_passage
+from fathom.sizing.count import cache_bytes_per_token
 
 NEW_TOKENS = 24
 
 
 def run(model: Decoder, dataset: Dataset, context: Context) -> Record:
-    record: Record = {"cache_bytes_per_token": cache_bytes_per_token(model)}
+    record: Record = {"cache_bytes_per_token": cache_bytes_per_token(model.cfg)}
     if not any(isinstance(part, MLA) for part in model.modules()):
         return record | {"decode_tokens_per_second": decode_rate(model, dataset, context)}
     for form in ("expanded", "absorbed"):
         with mla_form(model, "always" if form == "absorbed" else "never"):
             record[f"decode_tokens_per_second_{form}"] = decode_rate(model, dataset, context)
     return record
-
-
-def cache_bytes_per_token(model: Decoder) -> int:
-    """In bfloat16, all layers, from the streams that the attentions declare."""
-    groups = model.cfg.groups
-    return sum(g.count * s.num_bytes(1) for g in groups for s in g.attention.streams())
 
 
 @torch.no_grad()
