@@ -22,7 +22,6 @@ from fathom.ffn import MoEConfig
 from fathom.ffn.moe import MoE
 from fathom.ops import sort_by_expert
 from fathom.ops.grouped_mm import torch_outer, torch_product
-from fathom.ops.triton import experts as fused
 from fathom.ops.triton import permute, swiglu
 
 CASES = {  # tokens, dim, one expert's width, experts, top-k
@@ -30,11 +29,6 @@ CASES = {  # tokens, dim, one expert's width, experts, top-k
     "v3-rank": (8192, 7168, 2048, 32, 8),
     "fine-grained": (32768, 1024, 512, 128, 8),
 }
-TILES = (  # of the fused backward product: rows, columns, depth, warps, stages
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (128, 64, 64, 4, 3),
-)
 
 
 def our_layer(case: tuple[int, ...]) -> MoE:
@@ -172,11 +166,6 @@ def parts(case: tuple[int, ...]) -> dict[str, float]:
         "dw-up": lambda: torch_outer(h, rows, ends),
         "d-up": lambda: torch_product(h, w1, ends),
     }
-    for *blocks, warps, stages in TILES:
-        options = {"blocks": tuple(blocks), "num_warps": warps, "num_stages": stages}
-        runs[f"d-down+d-swiglu {blocks} {warps} {stages}"] = lambda o=options: fused.down_backward(
-            rows, w2, ends, h, gates, order, **o
-        )
     found = {}
     for name, run in runs.items():
         found[name] = statistics.median(milliseconds(run, repeats=6, warmup=2))

@@ -135,25 +135,6 @@ def _fake_backward(
     return dx, dgate_up, ddown, dgates
 
 
-def _down_backward(
-    impl: str,
-    dy_PD: Tensor,
-    w_down_EDI: Tensor,
-    ends_E: Tensor,
-    h_P2I: Tensor,
-    gates_P: Tensor,
-    order_P: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of the experts' answers: ``(dh, dgates, a)``."""
-    if impl == "triton":
-        from fathom.ops.triton.experts import down_backward, fusing_pays
-
-        if fusing_pays(dy_PD.shape[1]):
-            return down_backward(dy_PD, w_down_EDI, ends_E, h_P2I, gates_P, order_P)
-    da_PI = torch_product(dy_PD, w_down_EDI, ends_E)
-    return _passes(impl)[1].swiglu_backward(h_P2I, gates_P, order_P, da_PI)
-
-
 @op("experts_backward", fake=_fake_backward, flops=_flops(2))
 def _experts_backward(
     grad_ND: Tensor,
@@ -167,11 +148,12 @@ def _experts_backward(
     h_P2I: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, _ = _passes(impl)
+    rows, inner = _passes(impl)
     top_k = gates_NK.shape[1]
     dy_PD = rows.gather_rows(grad_ND, order_P, inverse_P, top_k)
-    routed = (h_P2I, gates_NK.flatten(), order_P)
-    dh_P2I, dgates_P, a_PI = _down_backward(impl, dy_PD, w_down_EDI, ends_E, *routed)
+    da_PI = torch_product(dy_PD, w_down_EDI, ends_E)
+    dh_P2I, dgates_P, a_PI = inner.swiglu_backward(h_P2I, gates_NK.flatten(), order_P, da_PI)
+    del da_PI
     dw_down_EDI = torch_outer(dy_PD, a_PI, ends_E)
     del dy_PD, a_PI
     x_PD = rows.gather_rows(x_ND, order_P, inverse_P, top_k)

@@ -1,6 +1,6 @@
 """The kernels of a training step compile for Hopper with the sizes they are launched with."""
 
-from fathom.ops.triton import cross_entropy, experts, permute, swiglu
+from fathom.ops.triton import cross_entropy, permute, swiglu
 from ops.hopper import SHARED_LIMIT, Source, build
 
 HERE = "fathom.ops.triton."
@@ -45,15 +45,6 @@ def losing():
     yield Source(HERE + "cross_entropy:_losses_and_slopes", types, {"num_warps": 8})
 
 
-def experts_backward(**options):
-    types = dict.fromkeys(("dy_PD", "w_down_EDI", "h_P2I", "dh_P2I", "a_PI"), "*bf16")
-    types |= dict.fromkeys(("gates_P", "dgates_JP"), "*fp32")
-    types |= {"ends_E": "*i32", "order_P": "*i64", "rows": "i32", "experts": "i32"}
-    types |= {"dim": "i32:16", "inner": "i32:16", "columns": "i32", "EXPERTS": 128}
-    sizes = {"BLOCK_P": experts.BLOCK_P, "BLOCK_I": experts.BLOCK_I, "BLOCK_D": experts.BLOCK_D}
-    yield Source(HERE + "experts:_down_backward", types | sizes | {"GROUP": experts.GROUP}, options)
-
-
 def test_nothing_spills_and_shared_memory_suffices():
     built = build(
         *sorting(),
@@ -61,7 +52,6 @@ def test_nothing_spills_and_shared_memory_suffices():
         *activating(),
         *routing(),
         *losing(),
-        *experts_backward(num_warps=8, num_stages=3),
     )
     for kernel in built:
         assert kernel.spilled == 0, kernel
