@@ -51,14 +51,21 @@ def chart(
     bar: dict[str, Any] = {
         "mark": "bar",
         "encoding": {
-            "y": {"field": "who", "type": "nominal", "sort": None, "title": None},
+            "y": {
+                "field": "who",
+                "type": "nominal",
+                "sort": None,
+                "title": None,
+                "axis": {"labelLimit": 400},
+            },
             "x": {"field": "value", "type": "quantitative", "title": axis},
         },
     }
     text = {
         "mark": {"type": "text", "align": "left", "dx": 3},
-        "encoding": {**bar["encoding"], "text": {"field": "value", "format": ",.4~g"}},
+        "encoding": {**bar["encoding"], "text": {"field": "label"}},
     }
+    short = "format(datum.value, datum.value < 100 ? '.3~g' : ',.0f')"
     if colour:
         condition = {"test": "datum.who == 'ours'", "value": "#0a5fb4"}
         bar["encoding"]["color"] = {"condition": condition, "value": "#9ba7b0"}
@@ -66,6 +73,7 @@ def chart(
         "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
         "background": "white",
         "data": {"values": values},
+        "transform": [{"calculate": short, "as": "label"}],
         "facet": {"row": {"field": label, "type": "nominal", "sort": None, "title": None}},
         "spec": {"width": 460, "layer": [bar, text]},
         "resolve": {"scale": {"x": "independent", "y": "independent"}},
@@ -82,7 +90,7 @@ def main() -> None:
     parser.add_argument("--device", default="h100")
     device = parser.parse_args().device
     for (benchmark, metric), (name, axis) in METRICS.items():
-        if record := newest(benchmark, device):
+        if (record := newest(benchmark, device)) and record["rows"]:
             save(name, bars(record, metric, axis))
     record = newest("moe_layer", device)
     if record and record.get("passes"):
