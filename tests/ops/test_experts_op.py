@@ -80,6 +80,8 @@ def test_views_with_strides_of_their_own_are_taken(impl, agree):
     run = path(impl, ids, 5)
     for odd in (x.T.contiguous().T, torch.cat([x, x], dim=1)[:, 3:11]):
         agree(lambda *t: run(t[0], *t[1:]), token_by_token(ids), (odd, *weights, gates))
+    strided = torch.cat([gates, gates], dim=1)[:, ::2]
+    agree(run, token_by_token(ids), (x, *weights, strided))
     expanded = torch.zeros(17, 8).requires_grad_()  # the gradient of a sum has strides of 0
     run(expanded, *weights, gates).sum().backward()
     want = token_by_token(ids)(zero := torch.zeros(17, 8).requires_grad_(), *weights, gates)

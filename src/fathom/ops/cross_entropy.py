@@ -8,12 +8,13 @@ between the matmuls.
 Shapes: N tokens, M tokens of a chunk, V vocabulary, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fathom.ops.proof import PROVEN, random, settle
 from fathom.ops.registry import (
     Impl,
     Implementations,
@@ -66,7 +67,7 @@ def linear_cross_entropy(
         ignore_index,
         training and x_ND.requires_grad,
         training and w_VD.requires_grad,
-        choose(CROSS_ENTROPY, impl, x_ND, w_VD),
+        _choose(impl, x_ND, w_VD),
     )
     return loss
 
@@ -85,8 +86,13 @@ def token_cross_entropy(
     For evaluation, without a gradient. Float32 (float64 for float64); memory as above.
     """
     x_ND, w_VD = autocast(x_ND.detach(), w_VD.detach())
-    chosen = choose(CROSS_ENTROPY, impl, x_ND, w_VD)
+    chosen = _choose(impl, x_ND, w_VD)
     return _token_cross_entropy(x_ND, w_VD, targets_N, max_bytes, ignore_index, chosen)
+
+
+def _choose(impl: Impl, x_ND: Tensor, w_VD: Tensor) -> str:
+    chosen = choose(CROSS_ENTROPY, impl, x_ND, w_VD)
+    return PROVEN if (impl, chosen) == ("auto", "triton") else chosen
 
 
 def rows_per_chunk(x_ND: Tensor, w_VD: Tensor, max_bytes: int, impl: str) -> int:
@@ -136,11 +142,12 @@ def _fake_tokens(x_ND: Tensor, *_: Any) -> Tensor:
 def _token_cross_entropy(
     x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, max_bytes: int, ignore_index: int, impl: str
 ) -> Tensor:
+    impl = settle(impl, _check, x_ND.device)
     rows = rows_per_chunk(x_ND, w_VD, max_bytes, impl)
     if impl == "triton":
         from fathom.ops.triton.cross_entropy import losses_and_slopes as kernel
 
-        losses_N = _fake_tokens(x_ND)
+        losses_N, targets_N = _fake_tokens(x_ND), targets_N.contiguous()
         chunks = (t.split(rows) for t in (x_ND, targets_N, losses_N))
         for x, targets, losses in zip(*chunks, strict=True):
             kernel(x @ w_VD.T, targets, losses, ignore_index, slopes=False)
@@ -163,7 +170,7 @@ def _fake_sum(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = x_ND.new_empty((), dtype=wide(x_ND.dtype))
-    w = w_VD if impl == "triton" else w_VD.mT  # on the CPU [D, V] is faster
+    w = w_VD.mT if impl == "torch" else w_VD  # on the CPU [D, V] is faster
     return loss, x_ND.new_empty(x_ND.shape if dx else 0), w_VD.new_empty(w.shape if dw else 0)
 
 
@@ -181,7 +188,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx_ND, dw = ctx.saved_tensors
     dx_ND = scaled(dx_ND, grad) if ctx.need_dx else None
-    dw_VD = scaled(dw if ctx.impl == "triton" else dw.T, grad) if ctx.need_dw else None
+    dw_VD = scaled(dw.T if ctx.impl == "torch" else dw, grad) if ctx.need_dw else None
     return dx_ND, dw_VD, *[None] * 6
 
 
@@ -217,13 +224,17 @@ def loss_and_gradients(
     need_dw: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, ``dx_ND`` and ``dw`` (``[V, D]`` by triton, else ``[D, V]``).
+    """The loss, ``dx_ND`` and ``dw`` (``[D, V]`` for ``torch``, else ``[V, D]``).
 
     A gradient that is not needed has no elements.
     """
     limits = (max_bytes, ignore_index)
-    if impl == "triton":
+    if settle(impl, _check, x_ND.device) == "triton":
         return _by_kernel(x_ND, w_VD, targets_N, *limits, need_dx, need_dw)
+    if impl != "torch":  # the kernel failed its proof
+        plain = loss_and_gradients(x_ND, w_VD, targets_N, *limits, need_dx, need_dw, "torch")
+        loss, dx_ND, dw_DV = plain
+        return loss, dx_ND, dw_DV.mT.contiguous() if need_dw else dw_DV
     loss, dx_ND, no_dw = _fake_sum(x_ND, w_VD, targets_N, *limits, need_dx, False, impl)
     loss.zero_()
     dw_DV = None
@@ -253,7 +264,7 @@ def _by_kernel(
 
     limits = (max_bytes, ignore_index)
     _, dx_ND, dw_VD = _fake_sum(x_ND, w_VD, targets_N, *limits, need_dx, need_dw, "triton")
-    losses_N = _fake_tokens(x_ND)
+    losses_N, targets_N = _fake_tokens(x_ND), targets_N.contiguous()
     tokens = x_ND.shape[0]
     chunks = -(-tokens // rows_per_chunk(x_ND, w_VD, max_bytes, "triton"))
     rows = -(-tokens // max(chunks, 1))
@@ -274,6 +285,17 @@ def _by_kernel(
         elif need_dw:
             torch.mm(logits_MV.T, x_ND[m], out=sums)
     return losses_N.sum(), dx_ND, sums.to(w_VD.dtype)
+
+
+def _check(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The kernel's results on ``device``, and the definition's in float64."""
+    x, w = random(200, 64, device=device), random(3000, 64, device=device) / 10
+    targets = torch.arange(0, 3000, 15, device=device)
+    targets[::7] = -100
+    limits = (2**19, -100, True, True)  # a few chunks
+    loss, dx, dw = _by_kernel(x, w, targets, *limits)
+    want, want_dx, want_dw = loss_and_gradients(x.double(), w.double(), targets, *limits, "torch")
+    yield from ((loss, want), (dx, want_dx), (dw, want_dw.mT))
 
 
 _linear_cross_entropy = op(

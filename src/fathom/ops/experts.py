@@ -9,9 +9,9 @@ Shapes: N tokens, K experts per token, P = N * K rows sorted by expert, D model 
 I one expert's inner dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,16 @@ from torch.nn.functional import silu
 
 from fathom.ops import permute as torch_permute
 from fathom.ops import swiglu as torch_swiglu
-from fathom.ops.grouped_mm import grouped_mm, torch_outer, torch_product, torch_refusal
+from fathom.ops.grouped_mm import (
+    grouped_mm,
+    grouped_mm_reference,
+    grouped_outer_reference,
+    torch_outer,
+    torch_product,
+    torch_refusal,
+)
 from fathom.ops.permute import Permutation, combine, gather
+from fathom.ops.proof import PROVEN, random, settle
 from fathom.ops.registry import (
     Impl,
     Implementations,
@@ -74,6 +82,8 @@ def experts(
     """
     x_ND, w_gate_up_EGD, w_down_EDI = autocast(x_ND, w_gate_up_EGD, w_down_EDI)
     chosen = choose(EXPERTS, impl, x_ND, w_gate_up_EGD, w_down_EDI)
+    if (impl, chosen) == ("auto", "triton"):
+        chosen = PROVEN
     if chosen == "reference":
         return experts_reference(x_ND, w_gate_up_EGD, w_down_EDI, gates_NK, permutation)
     order_P, inverse_P, ends_E, _ = permutation
@@ -97,13 +107,21 @@ def experts_reference(
     return combine(y_PD, gates_NK, permutation)
 
 
-def _passes(impl: str) -> tuple[ModuleType, ModuleType]:
-    """Modules with ``gather_rows`` and ``gather_sum``, and with ``swiglu`` both ways."""
-    if impl == "torch":
-        return torch_permute, torch_swiglu
+class Passes(NamedTuple):
+    """What the layer is made of: two modules of passes, and two grouped products."""
+
+    rows: ModuleType  # gather_rows, gather_sum
+    inner: ModuleType  # swiglu, swiglu_backward
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = torch_product
+    outer: Callable[[Tensor, Tensor, Tensor], Tensor] = torch_outer
+
+
+def _passes(impl: str, device: torch.device) -> Passes:
+    if settle(impl, _check, device) == "torch":
+        return Passes(torch_permute, torch_swiglu)
     from fathom.ops.triton import permute, swiglu
 
-    return permute, swiglu
+    return Passes(permute, swiglu)
 
 
 def _flops(products: int) -> Any:
@@ -135,6 +153,36 @@ def _fake_backward(
     return dx, dgate_up, ddown, dgates
 
 
+def backward(
+    passes: Passes,
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    w_gate_up_EGD: Tensor,
+    w_down_EDI: Tensor,
+    gates_NK: Tensor,
+    order_P: Tensor,
+    inverse_P: Tensor,
+    ends_E: Tensor,
+    h_P2I: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the tokens, both weights and the gates."""
+    rows, inner, product, outer = passes
+    top_k = gates_NK.shape[1]
+    dy_PD = rows.gather_rows(grad_ND, order_P, inverse_P, top_k)
+    da_PI = product(dy_PD, w_down_EDI, ends_E)
+    dh_P2I, dgates_P, a_PI = inner.swiglu_backward(h_P2I, gates_NK.flatten(), order_P, da_PI)
+    del da_PI
+    dw_down_EDI = outer(dy_PD, a_PI, ends_E)
+    del dy_PD, a_PI
+    x_PD = rows.gather_rows(x_ND, order_P, inverse_P, top_k)
+    dw_gate_up_EGD = outer(dh_P2I, x_PD, ends_E)
+    del x_PD
+    dx_PD = product(dh_P2I, w_gate_up_EGD, ends_E)
+    del dh_P2I
+    dx_ND = rows.gather_sum(dx_PD, inverse_P.view(gates_NK.shape))
+    return dx_ND, dw_gate_up_EGD, dw_down_EDI, dgates_P.view(gates_NK.shape)
+
+
 @op("experts_backward", fake=_fake_backward, flops=_flops(2))
 def _experts_backward(
     grad_ND: Tensor,
@@ -148,21 +196,9 @@ def _experts_backward(
     h_P2I: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, inner = _passes(impl)
-    top_k = gates_NK.shape[1]
-    dy_PD = rows.gather_rows(grad_ND, order_P, inverse_P, top_k)
-    da_PI = torch_product(dy_PD, w_down_EDI, ends_E)
-    dh_P2I, dgates_P, a_PI = inner.swiglu_backward(h_P2I, gates_NK.flatten(), order_P, da_PI)
-    del da_PI
-    dw_down_EDI = torch_outer(dy_PD, a_PI, ends_E)
-    del dy_PD, a_PI
-    x_PD = rows.gather_rows(x_ND, order_P, inverse_P, top_k)
-    dw_gate_up_EGD = torch_outer(dh_P2I, x_PD, ends_E)
-    del x_PD
-    dx_PD = torch_product(dh_P2I, w_gate_up_EGD, ends_E)
-    del dh_P2I
-    dx_ND = rows.gather_sum(dx_PD, inverse_P.view(gates_NK.shape))
-    return dx_ND, dw_gate_up_EGD, dw_down_EDI, dgates_P.view(gates_NK.shape)
+    weights = (w_gate_up_EGD, w_down_EDI, gates_NK)
+    routing = (order_P, inverse_P, ends_E)
+    return backward(_passes(impl, x_ND.device), grad_ND, x_ND, *weights, *routing, h_P2I)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -176,6 +212,27 @@ def _backward(ctx: Any, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]
     return *_experts_backward(*arguments), None, None, None, None
 
 
+def forward(
+    passes: Passes,
+    x_ND: Tensor,
+    w_gate_up_EGD: Tensor,
+    w_down_EDI: Tensor,
+    gates_NK: Tensor,
+    order_P: Tensor,
+    inverse_P: Tensor,
+    ends_E: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The layer's result, and the pre-activation for its backward."""
+    rows, inner, product, _ = passes
+    x_PD = rows.gather_rows(x_ND, order_P, inverse_P, gates_NK.shape[1])
+    h_P2I = product(x_PD, w_gate_up_EGD.mT, ends_E)
+    del x_PD
+    a_PI = inner.swiglu(h_P2I, gates_NK.flatten(), order_P)
+    y_PD = product(a_PI, w_down_EDI.mT, ends_E)
+    del a_PI
+    return rows.gather_sum(y_PD, inverse_P.view(gates_NK.shape)), h_P2I
+
+
 @op("experts", fake=_fake, flops=_flops(1), setup=_setup, backward=_backward)
 def _experts(
     x_ND: Tensor,
@@ -187,11 +244,26 @@ def _experts(
     ends_E: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    rows, inner = _passes(impl)
-    x_PD = rows.gather_rows(x_ND, order_P, inverse_P, gates_NK.shape[1])
-    h_P2I = torch_product(x_PD, w_gate_up_EGD.mT, ends_E)
-    del x_PD
-    a_PI = inner.swiglu(h_P2I, gates_NK.flatten(), order_P)
-    y_PD = torch_product(a_PI, w_down_EDI.mT, ends_E)
-    del a_PI
-    return rows.gather_sum(y_PD, inverse_P.view(gates_NK.shape)), h_P2I
+    weights = (w_gate_up_EGD, w_down_EDI, gates_NK)
+    return forward(_passes(impl, x_ND.device), x_ND, *weights, order_P, inverse_P, ends_E)
+
+
+def _check(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The kernels' results on ``device``, and the definition's in float64."""
+    from fathom.ops.triton import permute, swiglu
+
+    x, grad = random(200, 64, device=device), random(200, 64, device=device).flip(0)
+    weights = random(8, 96, 64, device=device), random(8, 64, 48, device=device)
+    scores = random(200, 8, device=device, dtype=torch.float32)
+    gates, ids = scores.sigmoid().topk(3)
+    ids[:50] = 5  # a ragged load; a token may come to an expert thrice
+    routing = torch_permute.sort_by_expert(ids, 8, impl="torch")[:3]
+    exact = Passes(torch_permute, torch_swiglu, grouped_mm_reference, grouped_outer_reference)
+    found = []
+    for passes, dtype in ((Passes(permute, swiglu), None), (exact, torch.float64)):
+        inputs = (t.to(dtype or t.dtype) for t in (grad, x, *weights, gates))
+        dy, *layer = (*inputs, *routing)
+        y, h = forward(passes, *layer)
+        arguments: list[Any] = [dy, *layer, h]
+        found.append([y, *backward(passes, *arguments)])
+    yield from zip(*found, strict=True)

@@ -5,6 +5,7 @@ An op is a contract with several implementations: ``reference`` (plain PyTorch, 
 that can run; a forced one is honoured or refused with a sentence, never swapped for another.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -127,6 +128,8 @@ def op(
 ) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
     """Register a function as ``torch.ops.fathom.<name>``, opaque to ``torch.compile``.
 
+    It runs with the device of its first tensor as the current one, to which Triton launches.
+
     Args:
         name: the op's name.
         fake: called as the function is; tensors of the same shape, dtype and strides, uncomputed.
@@ -136,7 +139,12 @@ def op(
     """
 
     def register(function: Callable[Args, Result]) -> Callable[Args, Result]:
-        custom = torch.library.custom_op(f"fathom::{name}", function, mutates_args=())
+        @functools.wraps(function)
+        def on_its_device(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+            with torch.cuda.device_of(next((a for a in args if isinstance(a, Tensor)), None)):
+                return function(*args, **kwargs)
+
+        custom = torch.library.custom_op(f"fathom::{name}", on_its_device, mutates_args=())
         custom.register_fake(fake)
         if backward is not None:
             custom.register_autograd(backward, setup_context=setup)

@@ -9,12 +9,14 @@ recomputed forward chooses as the first did.
 Shapes: N tokens, D model dim, E experts, K chosen per token, G groups of S neighbours.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fathom.ops.proof import proves, random
 from fathom.ops.registry import (
     Impl,
     Implementations,
@@ -66,13 +68,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """The float32 gradient as two bfloat16 numbers, of 16 digits together."""
-    x_ND, w_ED = ctx.saved_tensors
-    high_NE = grad_NE.to(w_ED.dtype)
-    parts_N2E = torch.cat([high_NE, (grad_NE - high_NE).to(w_ED.dtype)], dim=1)
-    dx_ND = parts_N2E @ torch.cat([w_ED, w_ED])
-    dw_high, dw_low = torch.mm(parts_N2E.T, x_ND, out_dtype=torch.float32).chunk(2)
-    return dx_ND, (dw_high + dw_low).to(w_ED.dtype)
+    return _router_logits_backward(grad_NE, *ctx.saved_tensors)
 
 
 @op(
@@ -83,7 +79,45 @@ def _backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, Tensor]:
     backward=_backward,
 )
 def _router_logits(x_ND: Tensor, w_ED: Tensor) -> Tensor:
+    if proves(_check, x_ND.device):
+        return logits_by_bf16(x_ND, w_ED)
+    return x_ND.float() @ w_ED.float().T
+
+
+@op(
+    "router_logits_backward",
+    fake=lambda grad, x, w: (torch.empty_like(x), torch.empty_like(w)),
+    flops=lambda grad, x, w: 4 * x[0] * x[1] * w[0],
+)
+def _router_logits_backward(grad_NE: Tensor, x_ND: Tensor, w_ED: Tensor) -> tuple[Tensor, Tensor]:
+    if proves(_check, x_ND.device):
+        return gradients_by_bf16(grad_NE, x_ND, w_ED)
+    dx_ND, dw_ED = grad_NE @ w_ED.float(), grad_NE.T @ x_ND.float()
+    return dx_ND.to(x_ND.dtype), dw_ED.to(w_ED.dtype)
+
+
+def logits_by_bf16(x_ND: Tensor, w_ED: Tensor) -> Tensor:
+    """The product of bfloat16 factors as float32 sums."""
     return torch.mm(x_ND, w_ED.T, out_dtype=torch.float32)
+
+
+def gradients_by_bf16(grad_NE: Tensor, x_ND: Tensor, w_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of x and w: the float32 gradient as two bfloat16 numbers, of 16 digits together."""
+    high_NE = grad_NE.to(w_ED.dtype)
+    parts_N2E = torch.cat([high_NE, (grad_NE - high_NE).to(w_ED.dtype)], dim=1)
+    dx_ND = parts_N2E @ torch.cat([w_ED, w_ED])
+    dw_high, dw_low = torch.mm(parts_N2E.T, x_ND, out_dtype=torch.float32).chunk(2)
+    return dx_ND, (dw_high + dw_low).to(w_ED.dtype)
+
+
+def _check(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """What bfloat16 units give on ``device``, and the exact products."""
+    x, w = random(96, 128, device=device), random(16, 128, device=device)
+    grad = random(96, 16, device=device, dtype=torch.float32)
+    dx, dw = gradients_by_bf16(grad, x, w)
+    yield logits_by_bf16(x, w), x.double() @ w.double().T
+    yield dx, grad.double() @ w.double()
+    yield dw, grad.double().T @ x.double()
 
 
 def best_experts(

@@ -23,6 +23,10 @@ def test_the_counting_sort_is_the_radix_sort(pairs, experts, device):
     equal_to_a_radix_sort(torch.randint(0, experts, (pairs,), device=device), experts)
 
 
+def test_ids_with_a_stride_of_their_own_are_sorted(device):
+    equal_to_a_radix_sort(torch.randint(0, 5, (90, 2), device=device)[:, 1], 5)
+
+
 @pytest.mark.parametrize("expert", [0, 6])
 def test_one_expert_may_have_every_pair(expert, device):
     ids = torch.full((SORT_BLOCK + 5,), expert, device=device)

@@ -70,7 +70,7 @@ def _place(
 
 def sort_by_expert(ids_P: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(order, inverse, ends, counts)`` of flat expert ids; see ``ops.permute.Permutation``."""
-    pairs = ids_P.shape[0]
+    ids_P, pairs = ids_P.contiguous(), ids_P.shape[0]
     tiles = triton.cdiv(pairs, SORT_BLOCK)
     order, inverse = (ids_P.new_empty(pairs, dtype=torch.int64) for _ in range(2))
     if not pairs:
@@ -140,7 +140,12 @@ def gather_rows(x_ND: Tensor, order_P: Tensor, inverse_P: Tensor, top_k: int) ->
 
 
 def gather_sum(y_PD: Tensor, rows_NK: Tensor) -> Tensor:
-    """``out[n] = sum_k y[rows[n, k]]``, added in float32 in the order of k."""
+    """``out[n] = sum_k y[rows[n, k]]``, added in float32 in the order of k.
+
+    Args:
+        y_PD: contiguous.
+        rows_NK: contiguous.
+    """
     (tokens, top_k), width = rows_NK.shape, y_PD.shape[1]
     out_ND = y_PD.new_empty(tokens, width)
     block = column_block(width)

@@ -66,7 +66,8 @@ def _backward(
 
 
 def swiglu(h_P2I: Tensor, gates_P: Tensor, order_P: Tensor) -> Tensor:
-    """``a[p] = gates[order[p]] * silu(h[p, :I]) * h[p, I:]``, ``[P, I]``."""
+    """``a[p] = gates[order[p]] * silu(h[p, :I]) * h[p, I:]``, ``[P, I]``; h is contiguous."""
+    gates_P = gates_P.contiguous()
     rows, width = h_P2I.shape[0], h_P2I.shape[1] // 2
     a_PI = h_P2I.new_empty(rows, width)
     if a_PI.numel():
@@ -79,7 +80,7 @@ def swiglu_backward(
     h_P2I: Tensor, gates_P: Tensor, order_P: Tensor, da_PI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dh, dgates, a)``, dgates float32; ``a``, the gated activation, overwrites ``da``."""
-    rows, width = da_PI.shape
+    gates_P, (rows, width) = gates_P.contiguous(), da_PI.shape
     dh_P2I = torch.empty_like(h_P2I)
     dgates_P = gates_P.new_empty(gates_P.shape, dtype=torch.float32)
     if da_PI.numel():
