@@ -457,3 +457,19 @@ def test_a_writer_killed_at_any_moment_loses_no_committed_checkpoint(tmp_path):
         for left in committed(tmp_path):
             verify(left)
     assert reached > 1
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-1], lambda text: text.replace(" ", "  ")])
+def test_a_manifest_that_says_the_same_in_other_bytes_is_damaged_too(saved, change):
+    path = saved / "MANIFEST.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(CheckpointError, match="not every byte"):
+        verify(saved)
+
+
+@pytest.mark.parametrize("world", [0, -1, "1", True, 1.0])
+def test_a_manifest_of_no_number_of_processes_is_damaged(saved, world):
+    path = saved / "MANIFEST.json"
+    write_json(path, {**json.loads(path.read_text()), "world": world})
+    with pytest.raises(CheckpointError, match="processes wrote it"):
+        verify(saved)

@@ -165,8 +165,11 @@ def prune(run: Path, keep: int, every: int = 0) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """JSON that is equal for equal data. ``NaN`` is refused: it is not JSON."""
-    text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(_json(data), encoding="utf-8")
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def save_model(model: Decoder, tokenizer: Tokenizer, out: Path, *, force: bool = False) -> None:
@@ -294,6 +297,8 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
             plain = name == Path(name).name and type(entry["bytes"]) is int
             if not plain or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
                 raise CheckpointError(f"{path} is damaged at {name!r}")
+        if path.read_bytes() != _json(manifest).encode():
+            raise CheckpointError(f"{path} is damaged: not every byte is as it was written")
         return files
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is damaged: it is not a manifest") from None
