@@ -51,7 +51,7 @@ VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
     "data peek": "--batch --rows --seed --seq-len",
     "eval": "--data --seq-len --max-bytes --device --dtype --format --import",
     "probe": "--data --seq-len --seed --device --import",
-    "inspect": "--text --out --layer --head --max-tokens --device --import",
+    "inspect": "--text --ranks --replicas --out --layer --head --max-tokens --device --import",
     "runs": "--format",
     "chaos": "--out --steps --kills --flips --seed --format --set --import",
     "env": "--ops --format",

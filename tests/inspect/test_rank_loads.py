@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fathom.cli import main
 from fathom.inspect.ranks import drawn, rank_loads
 from fathom.parallel.placement import imbalance
 
@@ -53,3 +54,15 @@ def test_a_run_without_loads_is_refused_with_the_way_to_them(tmp_path):
 def test_ranks_that_do_not_divide_the_experts_are_refused(run):
     with pytest.raises(ValueError, match="n_gpus must divide n_slots"):
         rank_loads(run, 3)
+
+
+def test_the_verb_draws_both_placements_of_every_layer(run, capsys):
+    assert main(["inspect", str(run), "--ranks", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("MoE layer 0  as they lie")
+    assert lines[2].endswith("1.00")  # the second layer is even as it lies
+
+
+def test_the_verb_wants_a_text_or_ranks(run, capsys):
+    assert main(["inspect", str(run)]) == 2

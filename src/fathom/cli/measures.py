@@ -93,7 +93,13 @@ def probe(
 @app.command()
 def inspect(
     model: Model,
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="The text to read.")],
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="The text to read.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="A run's load on so many ranks instead, before and after.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="--ranks: copies of busy experts, in all.")] = 0,
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")
     ] = Path("inspect.html"),
@@ -105,15 +111,30 @@ def inspect(
 ) -> None:
     """Draw what each query of a layer reads of your text, beside the true attention.
 
+    With --ranks, print how evenly a run's experts would load so many ranks: as they lie, and placed
+    by their loads (train.log_load=true writes those down).
+
     \b
     Example:
       fathom inspect runs/tiny --text notes.txt
+      fathom inspect runs/tiny --ranks 4 --replicas 4
       fathom inspect tiny-moba --text notes.txt --layer 2 --out moba.html
     """
     from fathom.generate.engine import tokenizer_of
     from fathom.inspect import look, write_page
     from fathom.targets import open_model, pick
 
+    if ranks is not None:
+        from fathom.inspect.ranks import drawn, rank_loads
+
+        for found in rank_loads(Path(model), ranks, replicas=replicas):
+            typer.echo(f"MoE layer {found.layer}  as they lie  {drawn(found.before)}")
+            typer.echo(f"{'':11}  placed       {drawn(found.after)}")
+        return
+    if text is None:
+        raise ValueError(
+            "give --text FILE to see what is read of it, or --ranks N for a run's load"
+        )
     words = text.read_text(encoding="utf-8", errors="replace")
     built = open_model(model, device=pick(device))
     tokenizer = tokenizer_of(built)
