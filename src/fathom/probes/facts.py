@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from fathom.data.dataset import Dataset
 from fathom.data.facts import DOMAIN, values_in
 from fathom.data.shards import Split
-from fathom.ffn.dense import SwiGLU
 from fathom.ffn.moe import MoE
 from fathom.model import Decoder
+from fathom.probes import modalities
 from fathom.probes.base import Context, Record
 from fathom.sizing.count import num_active_params, num_params
 
@@ -120,10 +120,8 @@ def removal(
 
 def parts(ffn: nn.Module) -> list[Tensor]:
     """Views of the weights that let each part of a layer speak: routed experts, or hidden units."""
-    if isinstance(ffn, MoE):
-        return list(ffn.experts.w_down.data)
-    assert isinstance(ffn, SwiGLU)
-    return list(ffn.w_down.weight.data.tensor_split(PARTS, dim=1))
+    weights = modalities.parts(ffn)
+    return list(weights) if isinstance(ffn, MoE) else list(weights.tensor_split(PARTS))
 
 
 @contextmanager
