@@ -1,21 +1,25 @@
-"""A whole training step on one GPU: forward, backward, AdamW, against transformers compiled.
+"""A whole training step on one GPU: forward, backward, AdamW, beside transformers and torchtitan.
 
-    python benchmarks/train_step.py [--out DIR] [--cases moe-1.25b v2-lite-8l dense-1b] [--alone]
+    python benchmarks/train_step.py [--cases moe-1.25b] [--peers transformers torchtitan] [--eager]
 
-Pure bf16 weights and moments, fused AdamW on both sides, the same shapes and random tokens;
-median of 8 steps after 4. Ours compiles block by block, as ``train.compile`` does; transformers
-compiles the model (its ``grouped_mm`` experts, SDPA). The peer runs in the same process;
-``--alone`` leaves it out. It is a DeepSeek, so the dense Llama has none.
+Pure bf16 weights and moments, fused AdamW for all, the same shapes and random tokens; median of 8
+steps after 4. Ours compiles block by block, as ``train.compile`` does; transformers compiles the
+model (its ``grouped_mm`` experts, SDPA); torchtitan its blocks (``torchtitan_peer.py``; left out
+where it cannot be imported), with cuDNN's attention or, ``torchtitan-flex``, its own. A case with
+both peers takes about 100 s, most of it compiling. ``--eager`` adds ours without compiling.
 """
 
 import argparse
+import functools
 import gc
 import statistics
+from collections.abc import Callable
 
 import torch
+import torchtitan_peer
 from records import limits, milliseconds, row, spread, write
 
-from fathom.attention import MLAConfig
+from fathom.attention import MHAConfig, MLAConfig
 from fathom.config import ModelConfig
 from fathom.ffn import DenseConfig, MoEConfig
 from fathom.model import build_model
@@ -35,28 +39,69 @@ def config(name: str) -> ModelConfig:
     return parse(ModelConfig, override(to_data(preset(base)), changes))
 
 
-def our_step(name: str, tokens: torch.Tensor, *, compiled: bool):
+def our_step(name: str, tokens: torch.Tensor, *, compiled: bool) -> Callable[[], None]:
     model = build_model(config(name), device="cuda", dtype=torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if compiled:
         for block in model.blocks:
             block.compile(fullgraph=True)
     targets = tokens.roll(-1, dims=1)
 
-    def step() -> None:
+    def backward() -> None:
         losses = model.loss(tokens, targets, denominator=tokens.numel())
         losses.total.backward()
-        optimizer.step()
         model.update_expert_bias([routed.tokens_per_expert for routed in losses.routing])
+
+    return with_adamw(model, backward)
+
+
+def with_adamw(model: torch.nn.Module, backward: Callable[[], None]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        backward()
+        optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def transformers_step(name: str, tokens: torch.Tensor):
+def transformers_step(name: str, tokens: torch.Tensor) -> Callable[[], None]:
+    cfg = config(name)
+    with torch.device("cuda"):
+        model = (transformers_llama if len(cfg.groups) == 1 else transformers_deepseek)(cfg)
+    compiled = torch.compile(model.to(torch.bfloat16))
+
+    def backward() -> None:
+        compiled(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
+    return with_adamw(model, backward)
+
+
+def transformers_llama(cfg: ModelConfig) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    (group,) = cfg.groups
+    attention, ffn = group.attention, group.ffn
+    assert isinstance(attention, MHAConfig)
+    assert isinstance(ffn, DenseConfig)
+    theirs = LlamaConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.dim,
+        intermediate_size=ffn.inter_dim,
+        num_hidden_layers=group.count,
+        num_attention_heads=attention.n_heads,
+        num_key_value_heads=attention.n_kv_heads,
+        head_dim=attention.head_dim,
+        max_position_embeddings=cfg.max_seq_len,
+        tie_word_embeddings=cfg.tie_embeddings,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(theirs)
+
+
+def transformers_deepseek(cfg: ModelConfig) -> torch.nn.Module:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    cfg = config(name)
     first, last = cfg.groups[0], cfg.groups[-1]
     attention, experts = last.attention, last.ffn
     assert isinstance(attention, MLAConfig)
@@ -85,37 +130,67 @@ def transformers_step(name: str, tokens: torch.Tensor):
         attn_implementation="sdpa",
     )
     theirs._experts_implementation = "grouped_mm"
-    model = DeepseekV3ForCausalLM(theirs).to("cuda", torch.bfloat16)
+    model = DeepseekV3ForCausalLM(theirs)
     model.set_experts_implementation("grouped_mm")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    compiled = torch.compile(model)
-
-    def step() -> None:
-        compiled(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return model
 
 
-def measure(make) -> dict[str, float]:
+def torchtitan_step(
+    name: str, tokens: torch.Tensor, *, attention: torchtitan_peer.Attention = "sdpa"
+) -> Callable[[], None]:
+    cfg, length = config(name), tokens.shape[1]
+    model = torchtitan_peer.build(cfg, length, attention=attention, device="cuda")
+    assert sum(p.numel() for p in model.parameters()) == size(cfg, seq_len=length)["params"]
+    masks = torchtitan_peer.causal(attention, length, "cuda")
+    cross_entropy = torch.compile(torchtitan_peer.cross_entropy)
+    targets = tokens.roll(-1, dims=1)
+
+    def backward() -> None:
+        cross_entropy(model(tokens, attention_masks=masks), targets).backward()
+
+    return with_adamw(model, backward)
+
+
+PEERS = {
+    "transformers": transformers_step,
+    "torchtitan": torchtitan_step,
+    "torchtitan-flex": functools.partial(torchtitan_step, attention="flex"),
+}
+
+
+def measure(make: Callable[[], Callable[[], None]], n_tokens: int) -> dict[str, float]:
     """Tokens per second, spread and peak memory of one way of stepping; all freed afterwards."""
+    torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step, tokens = make()
-    times = milliseconds(step, repeats=8, warmup=4)
+    times = milliseconds(make(), repeats=8, warmup=4)
     return {
-        "tokens_per_second": tokens.numel() / statistics.median(times) * 1e3,
+        "tokens_per_second": n_tokens / statistics.median(times) * 1e3,
         "spread": spread(times),
         "gb": torch.cuda.max_memory_allocated() / 1e9,
     }
 
 
+def measure_peers(
+    name: str, tokens: torch.Tensor, chosen: list[str]
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for who in chosen:
+        if who.startswith("torchtitan") and not torchtitan_peer.available():
+            print(f"{name} {who}: torchtitan and spmd_types cannot be imported", flush=True)
+            continue
+        found[who] = measure(lambda step=PEERS[who]: step(name, tokens), tokens.numel())
+        print(name, who, found[who], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", nargs="*", default=list(CASES))
-    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    default = ["transformers", "torchtitan"]
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=default)
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -123,26 +198,23 @@ def main() -> None:
     for name in arguments.cases:
         cfg, (_, _, batch, length) = config(name), CASES[name]
         tokens = torch.randint(0, cfg.vocab_size, (batch, length), device="cuda")
-        ours = measure(lambda t=tokens, n=name: (our_step(n, t, compiled=True), t))
+        ours = measure(lambda t=tokens, n=name: our_step(n, t, compiled=True), tokens.numel())
         print(name, "ours", ours, flush=True)
-        peers: dict[str, dict[str, float]] = {}
-        if not arguments.alone and isinstance(cfg.groups[-1].ffn, MoEConfig):
-            torch.compiler.reset()
-            peer = measure(lambda t=tokens, n=name: (transformers_step(n, t), t))
-            peers = {"transformers": peer}
-        eager = measure(lambda t=tokens, n=name: (our_step(n, t, compiled=False), t))
-        torch.compiler.reset()
+        peers = measure_peers(name, tokens, arguments.peers)
         speeds = {who: one["tokens_per_second"] for who, one in peers.items()}
         memory = {who: one["gb"] for who, one in peers.items()}
         flops = 3 * size(cfg, seq_len=length)["flops_per_token_causal"]
-        speed, slow = ours["tokens_per_second"], eager["tokens_per_second"]
+        speed = ours["tokens_per_second"]
         rows += [
             row(name, "tokens_per_second", "tokens/s", speed, speeds, spread=ours["spread"]),
-            row(name + "-eager", "tokens_per_second", "tokens/s", slow, speeds),
             row(name, "model_tflops", "TFLOP/s", speed * flops / 1e12, {}),
             row(name, "peak_memory", "GB", ours["gb"], memory, higher_is_better=False),
         ]
-    write("train_step", rows, machine)
+        if arguments.eager:
+            eager = measure(lambda t=tokens, n=name: our_step(n, t, compiled=False), tokens.numel())
+            slow = eager["tokens_per_second"]
+            rows.append(row(name + "-eager", "tokens_per_second", "tokens/s", slow, speeds))
+        write("train_step", rows, machine)  # as far as it got
 
 
 if __name__ == "__main__":
