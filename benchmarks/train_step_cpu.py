@@ -23,8 +23,7 @@ from fathom.model import build_model
 from fathom.presets import preset
 from fathom.settings import override, parse, to_data
 from fathom.train.config import read_run_config
-from fathom.train.loop import clip_gradients
-from fathom.train.optim import Optimizer
+from fathom.train.optim import Optimizer, clip_gradients
 
 ROWS, LENGTH, PAIRS = 16, 256, 12
 

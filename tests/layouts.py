@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 
 from fathom.data.dataset import Dataset
 from fathom.parallel import build
-from fathom.train import loop
+from fathom.train import loop, step
 from fathom.train.config import RunConfig
 
 LAYOUTS = {
@@ -25,30 +25,25 @@ LAYOUTS = {
 }
 
 
-class Told(loop.Trainer):
-    """Trains in float64 and keeps the losses of each step in full."""
-
-    def __init__(self, *args: Any, **rest: Any) -> None:
-        super().__init__(*args, **rest)
-        self.steps: list[list[float]] = []
-
-    def record(self, bits, lr, sums, guard) -> None:
-        values = [*sums.losses.values(), guard["grad_norm"]]
-        self.steps.append([float(value) for value in values])
-        super().record(bits, lr, sums, guard)
-
-    def result(self, reason):
-        (self.out / "told.json").write_text(json.dumps(self.steps)) if self.layout.leads else None
-        return super().result(reason)
-
-
 def float64(cfg, layout, *, dtype, **rest):
     return build(cfg, layout, dtype=torch.float64, **rest)
 
 
 def follow(cfg: RunConfig, out: Path, dataset: Dataset, stop_at: int | None = None) -> None:
+    """Train in float64; rank 0 writes the losses of each step in full to ``told.json``."""
+    steps: list[list[float]] = []
+
+    class Told(step.Learner):
+        def step(self) -> step.Done:
+            done = super().step()
+            values = [*done.sums.losses.values(), done.verdict["grad_norm"]]
+            steps.append([float(value) for value in values])
+            return done
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Trainer", Told)
-        patch.setattr(loop, "build", float64)
+        patch.setattr(loop, "Learner", Told)
+        patch.setattr(step, "build", float64)
         calls = iter(range(1, 10**6))
         loop.train(cfg, out, dataset=dataset, should_stop=lambda: next(calls) == stop_at)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        (out / "told.json").write_text(json.dumps(steps))

@@ -8,6 +8,7 @@ from fathom.chaos import runs
 from fathom.chaos.children import KILLED, Child
 from fathom.chaos.report import chaos
 from fathom.train.loop import Trainer
+from fathom.train.step import Learner
 
 
 def test_a_run_survives_the_whole_list(cfg, tmp_path):
@@ -19,14 +20,14 @@ def test_a_run_survives_the_whole_list(cfg, tmp_path):
 
 
 def test_a_run_that_forgets_its_optimizer_is_found_out(cfg, tmp_path, monkeypatch):
-    load = Trainer.load
+    load = Learner.load
 
     def forgetful(self, start):
         load(self, start)
         for tensor in self.parts.optimizer.state().values():
             tensor.zero_()
 
-    monkeypatch.setattr(Trainer, "load", forgetful)
+    monkeypatch.setattr(Learner, "load", forgetful)
     (row,) = chaos(cfg, tmp_path / "chaos", steps=8, kills=0, flips=0, only="clock_back")
     assert (row.tries, row.survived) == (1, 0)
     assert row.note == "its records are not those of the run that nothing happened to"

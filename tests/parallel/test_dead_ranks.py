@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
 from fathom.cli import main
-from fathom.train import loop
+from fathom.train.loop import Trainer
+from fathom.train.step import Learner
 
 def end(*_):
     os.kill(os.getpid(), int(sys.argv[2]))
 
 if os.environ["RANK"] == "1":
-    setattr(loop.Trainer, sys.argv[1], end)
+    setattr(Learner if hasattr(Learner, sys.argv[1]) else Trainer, sys.argv[1], end)
 sys.exit(main(sys.argv[3:]))
 """
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from fathom.convert.run_folder import CheckpointError, committed, load_model
+from fathom.data.loader import Loader
 from fathom.model import build_model
 from fathom.settings import ConfigError
-from fathom.train import loop
 from fathom.train.config import read_run_config
 from fathom.train.device import compile_blocks, uncompiled
 from fathom.train.evaluate import evaluate
@@ -144,7 +144,7 @@ def test_a_dense_model_has_no_routing_figures(dataset, make_config, fit, run_dir
 def test_bits_per_byte_are_those_of_the_targets(make_config, dataset, run_dir):
     cfg = make_config("train.steps=1")
     train(cfg, run_dir, dataset=dataset, should_stop=lambda: False)
-    batch = loop.Loader(dataset, cfg.data, batch_size=4, seed=0).next()
+    batch = Loader(dataset, cfg.data, batch_size=4, seed=0).next()
     targets = batch.targets[batch.targets >= 0].numpy()
     tokenizer = dataset.tokenizer
     size = tokenizer.token_bytes[targets].sum() + tokenizer.is_symbol[targets].sum()

@@ -44,7 +44,7 @@ def test_a_step_never_waits_for_the_device(trainer, optimizer, dtype):
         loop.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    loop.flush()
+    loop.journal.flush()
     assert len(read_lines(loop.out / "metrics.jsonl")) == 3
     loop.close()
 
@@ -53,15 +53,15 @@ def test_a_step_never_waits_for_the_device(trainer, optimizer, dtype):
 def test_a_step_that_is_not_finite_changes_nothing_on_the_device(trainer, optimizer):
     loop = trainer(f"train.optimizer={optimizer}")
     loop.step()
-    state = {**loop.model.state_dict(), **loop.parts.optimizer.state()}
+    state = {**loop.learner.model.state_dict(), **loop.learner.optimizer.state()}
     before = {name: tensor.clone() for name, tensor in state.items()}
-    weight = loop.model.norm.weight
+    weight = loop.learner.model.norm.weight
     handle = weight.register_hook(lambda grad: grad * float("nan"))
     loop.step()
     handle.remove()
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
     loop.step()
-    loop.flush()
+    loop.journal.flush()
     assert [line.get("skipped") for line in read_lines(loop.out / "metrics.jsonl")] == [
         None,
         True,

@@ -14,6 +14,7 @@ from fathom.model import Decoder
 from fathom.settings import ConfigError
 from fathom.train import guards
 from fathom.train.loop import Trainer
+from fathom.train.step import Learner
 from runs import Notices, files, records
 
 BAD = [math.nan, math.inf]
@@ -24,7 +25,7 @@ def poison(monkeypatch) -> Callable[..., None]:
     """Make the loss, or one gradient, of some steps (from 0) not finite."""
 
     def install(*steps: int, gradient: bool = False) -> None:
-        losses = Trainer.losses
+        losses = Learner.losses
 
         def poisoned(self, batch, **more):
             result = losses(self, batch, **more)
@@ -35,7 +36,7 @@ def poison(monkeypatch) -> Callable[..., None]:
                 handle = weight.register_hook(lambda grad: handle.remove() or grad * float("inf"))
             return result
 
-        monkeypatch.setattr(Trainer, "losses", poisoned)
+        monkeypatch.setattr(Learner, "losses", poisoned)
 
     return install
 
@@ -141,19 +142,20 @@ def trainer(make_config, dataset, run_dir) -> Iterator[Callable[..., Trainer]]:
 def test_a_bad_number_at_any_of_twenty_points_changes_nothing_that_is_learnt(trainer, optimizer):
     loop = trainer(f"train.optimizer={optimizer}", "train.micro_batch_size=2")
     assert len(POINTS) == 20
-    parts = loop.parts
-    live = {**loop.model.state_dict(), **parts.optimizer.state(), "window": loop.guard.window_2W}
+    learner, parts = loop.learner, loop.learner.parts
+    live = {**learner.model.state_dict(), **parts.optimizer.state()}
+    live["window"] = learner.guard.window_2W
     for point, install in POINTS.items():
         before = {name: tensor.clone() for name, tensor in live.items()}
-        undo = install(loop.model)
+        undo = install(learner.model)
         loop.step()
         undo()
         assert all(torch.equal(live[n], t) or n == "window" for n, t in before.items()), point
         assert torch.equal(live["window"].nan_to_num(), before["window"].nan_to_num()), point
-        loop.flush()
+        loop.journal.flush()
         assert loop.progress.skipped_in_all == 1 + list(POINTS).index(point), point
     loop.step()
-    loop.flush()
+    loop.journal.flush()
     assert not torch.equal(live["embed.weight"], before["embed.weight"])
     assert loop.progress.skipped == 0
 
@@ -167,14 +169,14 @@ def spiky(monkeypatch) -> Callable[..., None]:
     monkeypatch.setattr(guards, "WINDOW", 8)
 
     def install(rows: range) -> None:
-        losses = Trainer.losses
+        losses = Learner.losses
 
         def poisoned(self, batch, **more):
             result = losses(self, batch, **more)
             last = self.loader.state()["row"] - 1
             return replace(result, total=result.total * 100) if last in rows else result
 
-        monkeypatch.setattr(Trainer, "losses", poisoned)
+        monkeypatch.setattr(Learner, "losses", poisoned)
 
     return install
 
@@ -243,7 +245,7 @@ def test_without_a_checkpoint_to_go_back_to_persistent_spikes_stop_the_run(make_
 
 
 def test_a_step_computed_twice_with_other_bits_stops_the_run(make_config, fit, monkeypatch):
-    gradients, calls = Trainer.gradients, []
+    gradients, calls = Learner.gradients, []
 
     def flipping(self, *args):
         sums = gradients(self, *args)
@@ -252,7 +254,7 @@ def test_a_step_computed_twice_with_other_bits_stops_the_run(make_config, fit, m
             self.model.embed.weight.grad.view(torch.int32)[5, 5] ^= 1
         return sums
 
-    monkeypatch.setattr(Trainer, "gradients", flipping)
+    monkeypatch.setattr(Learner, "gradients", flipping)
     cfg = make_config("train.deterministic=true", "train.repeat_every=2", "train.steps=12")
     result = fit(cfg)
     assert (result.reason, result.step) == ("guard", 5)
@@ -275,13 +277,13 @@ def test_dead_experts_are_named_by_layer(make_config, fit, monkeypatch):
     monkeypatch.setattr(guards, "PATIENCE", 3)
     notices = Notices()
     pinned = "model.groups.1.ffn.balance=[{kind='aux_loss_free', bias_update_speed=0}]"
-    build = Trainer.__init__
+    build = Learner.__init__
 
     def starved(self, *args, **more):
         build(self, *args, **more)
         self.model.state_dict()["blocks.1.ffn.router.expert_bias"][2] = -100
 
-    monkeypatch.setattr(Trainer, "__init__", starved)
+    monkeypatch.setattr(Learner, "__init__", starved)
     fit(make_config(pinned), reporter=notices)
     assert notices.heard[0].startswith("step 3: blocks.1.ffn: no token reached expert 2 in 3 steps")
 
@@ -290,7 +292,7 @@ def test_dead_experts_are_named_by_layer(make_config, fit, monkeypatch):
 def test_activation_checkpointing_routes_exact_ties_as_before_and_counts_once(
     make_config, fit, tmp_path, monkeypatch, balance
 ):
-    build = Trainer.__init__
+    build = Learner.__init__
 
     def tied(self, *args, **more):
         build(self, *args, **more)
@@ -298,7 +300,7 @@ def test_activation_checkpointing_routes_exact_ties_as_before_and_counts_once(
             for _, moe in self.model.moe_layers():
                 moe.router.weight.zero_()
 
-    monkeypatch.setattr(Trainer, "__init__", tied)
+    monkeypatch.setattr(Learner, "__init__", tied)
     for name in ("false", "true"):
         cfg = make_config(
             f"train.activation_checkpointing={name}",

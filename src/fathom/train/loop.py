@@ -1,59 +1,39 @@
-"""The training loop. ``Trainer.step`` reads as the algorithm; what surrounds it is one call each.
+"""A run from its first step to its last: ``Trainer.run`` steps, evaluates, saves, heeds the guards.
 
 A run is a folder: config.toml, metrics.jsonl, eval.jsonl, env.json, checkpoints/. ``train`` begins
-it, or goes on with it from its newest checkpoint, by itself.
+it, or goes on with it from its newest checkpoint, by itself. The step is in ``step.py``.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fathom.convert.run_folder import CONFIG, committed, newest, remove, step_of
 from fathom.data.dataset import Dataset, open_dataset
-from fathom.data.loader import IGNORE, Batch, Loader
 from fathom.data.tokenizer import Tokenizer
-from fathom.model import Decoder, Losses
-from fathom.parallel import ALONE, Layout, build, places, started
-from fathom.parallel.mesh import local
-from fathom.parallel.step import accumulate, in_step
+from fathom.model import Decoder
+from fathom.parallel import ALONE, Layout, started
+from fathom.parallel.step import in_step
 from fathom.settings import ConfigError, to_toml
-from fathom.sizing.count import flops_per_token
 from fathom.train import checkpoint
 from fathom.train.config import RunConfig
-from fathom.train.device import (
-    compile_blocks,
-    environment,
-    memory_bytes,
-    peak_flops,
-    pick_device,
-    reproducible,
-    uncompiled,
-)
-from fathom.train.evaluate import Evaluation, evaluate, last_evaluation
+from fathom.train.device import compile_blocks, environment, pick_device, reproducible, uncompiled
+from fathom.train.evaluate import Evaluation, evaluate
 from fathom.train.folder import check_disk, check_folder, locked
-from fathom.train.guards import MAX_NOT_FINITE, MAX_ROLLBACKS, ExpertWatch, SpikeGuard, bits
+from fathom.train.guards import MAX_NOT_FINITE, MAX_ROLLBACKS
+from fathom.train.journal import Journal
 from fathom.train.memory import explained
-from fathom.train.metrics import (
-    Figures,
-    JsonLines,
-    NoLines,
-    Record,
-    Sums,
-    replace_text,
-    routing_figures,
-)
-from fathom.train.optim import Optimizer, clip_gradients, freeze_all_but
+from fathom.train.metrics import replace_text
 from fathom.train.progress import Reporter
 from fathom.train.saver import Saver
-from fathom.train.schedule import lr_factor, rows_at
+from fathom.train.schedule import rows_at
+from fathom.train.step import Learner
 from fathom.train.stop import StopSignals
 from fathom.train.watchdog import Watchdog
 
@@ -173,207 +153,41 @@ class Trainer:
         sample: Sampler | None,
         start: Path | None,
     ) -> None:
-        self.cfg, self.out, self.dataset, self.device = cfg, out, dataset, device
+        self.cfg, self.out, self.dataset = cfg, out, dataset
         self.layout, self.reporter, self.sample = layout, reporter, sample
-        torch.manual_seed(cfg.train.seed)
-        dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
-        self.model = build(cfg.model, layout, seed=cfg.train.seed, device=device, dtype=dtype)
-        self.model.checkpoint_blocks = cfg.train.activation_checkpointing
-        freeze_all_but(self.model, cfg.train.only)
-        optimizer = Optimizer(self.model, cfg.train, layout)
-        self.guard = SpikeGuard(cfg.train.spike_sigmas, device)
-        self.parts = checkpoint.Parts(
-            self.model, optimizer, self.guard, place=places(self.model, layout)
-        )
-        self.experts = ExpertWatch([name for name, _ in self.model.moe_layers()])
+        self.learner = Learner(cfg, dataset, device=device, layout=layout)
         self.saver = Saver(out, background=cfg.train.async_save, ranks=layout.ranks)
         self.watchdog = Watchdog(
             cfg.train.hang_seconds, who=f"rank {layout.rank}: " if layout.world > 1 else ""
         )
-        self.fault: int | None = None  # a step that was not the same when computed twice
-        self.rows = cfg.train.micro_batch_size or rows_at(cfg, 0)
-        self.loader = Loader(
-            dataset,
-            cfg.data,
-            batch_size=self.rows,
-            seed=cfg.train.seed,
-            rank=layout.rank,
-            world=layout.world,
-        )
-        self.load(start)
+        self.learner.load(start)
         self.last_saved = self.progress.step if start else None
-        self.open_folder()
-        sizes = dataset.tokenizer.token_bytes + dataset.tokenizer.is_symbol
-        self.token_sizes = torch.from_numpy(sizes)  # bytes; a symbol counts as one
-        self.flops_per_token = 3 * flops_per_token(cfg.model, cfg.data.seq_len)
-        self.peak_flops = peak_flops(device)
-        self.pending: tuple[Record, Figures] | None = None
-        self.clock = time.perf_counter()
+        self.room_is_short = False
+        parts, who = self.learner.parts, {"layout": layout, "reporter": reporter}
+        self.journal = Journal(cfg, out, parts, device=device, **who)
+        layout.lead(self.describe)
+        self.journal.read_back()
 
     @property
     def progress(self) -> checkpoint.Progress:
-        return self.parts.progress
-
-    def step(self) -> None:
-        """One optimizer step."""
-        cfg = self.cfg.train
-        lr = cfg.lr * lr_factor(cfg, self.progress.step)
-        batches = self.batches()
-        n_targets, n_bytes = self.count(batches)
-        sums = self.gradients(batches, n_targets)
-        differs = self.repeat(batches, n_targets)
-        sums.over_ranks(self.layout)
-        grad_norm = clip_gradients(self.model, cfg.grad_clip, self.layout)
-        verdict = self.guard.judge(sums.losses["total_loss"], grad_norm)
-        skip = verdict["not_finite"] + verdict["spike"]  # never both
-        self.parts.optimizer.step(lr, skip)
-        if not cfg.only:
-            self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
-        self.model.zero_grad(set_to_none=True)
-        per_nat = n_targets / (math.log(2) * max(n_bytes, 1))
-        self.record(per_nat, lr, sums, {"grad_norm": grad_norm, **verdict, **differs})
-
-    def gradients(self, batches: Sequence[Batch], n_targets: int) -> Sums:
-        """Forward and backward of every micro-batch, whose gradients add up."""
-        sums, share = Sums(), 1 / (len(batches) * self.layout.world)
-        progress = self.progress.step / self.cfg.train.steps
-        for batch in batches:
-            accumulate(self.model, self.layout, last=batch is batches[-1])
-            losses = self.losses(batch, progress=progress, denominator=n_targets, share=share)
-            losses.total.backward()
-            sums.add(losses)
-        return sums
-
-    def repeat(self, batches: Sequence[Batch], n_targets: int) -> dict[str, Tensor]:
-        """If it is due, ``differs``: above 0 on the device if the same step gave other bits."""
-        every = self.cfg.train.repeat_every
-        if not every or (self.progress.step + 1) % every:
-            return {}
-        first = self.gradient_bits()
-        self.model.zero_grad(set_to_none=True)
-        self.gradients(batches, n_targets)
-        return {"differs": self.layout.sum((self.gradient_bits() != first).any().float())}
-
-    def gradient_bits(self) -> Tensor:
-        """See :func:`fathom.train.guards.bits`."""
-        return bits([local(p.grad) for p in self.model.parameters() if p.grad is not None])
-
-    def batches(self) -> list[Batch]:
-        """The micro-batches of the next step."""
-        rows = rows_at(self.cfg, self.progress.step)
-        micro = self.cfg.train.micro_batch_size or rows
-        if micro != self.rows:
-            self.loader.set_batch_size(micro)
-            self.rows = micro
-        return [self.loader.next() for _ in range(rows // micro)]
-
-    def count(self, batches: Sequence[Batch]) -> list[int]:
-        """Targets of all ranks in these batches, and the bytes that they stand for."""
-        targets = torch.cat([batch.targets[batch.targets != IGNORE] for batch in batches])
-        return self.layout.sum(
-            torch.stack([torch.tensor(len(targets)), self.token_sizes[targets].sum()])
-        ).tolist()
-
-    def losses(
-        self, batch: Batch, *, progress: float, denominator: int, share: float = 1.0
-    ) -> Losses:
-        """The forward pass of one micro-batch, which has ``share`` of the step's tokens."""
-        inputs = [batch.tokens, batch.targets, batch.cu_seqlens]
-        if self.device.type == "cuda":
-            inputs = [tensor.pin_memory() for tensor in inputs]
-        on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
-        with self.precision():
-            return self.model.loss(
-                *on_device, progress=progress, denominator=denominator, share=share
-            )
-
-    def precision(self) -> AbstractContextManager[object]:
-        """Autocast, if the run has it."""
-        if self.cfg.train.dtype == "bf16_autocast":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
-
-    def record(self, per_nat: float, lr: float, sums: Sums, guard: dict[str, Tensor]) -> None:
-        """Count the step, send its figures on their way, write down those of the step before."""
-        tokens = rows_at(self.cfg, self.progress.step) * self.cfg.data.seq_len
-        self.progress.step += 1
-        self.progress.tokens += tokens
-        now = time.perf_counter()
-        speed, self.clock = tokens / (now - self.clock), now
-        record: Record = {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "loss": None,
-            "bpb": per_nat,  # times the loss when that is read
-            "lr": lr,
-            "grad_norm": None,
-            "tokens_per_second": speed,
-            "memory_bytes": memory_bytes(self.device),
-        }
-        if self.peak_flops:
-            record["mfu"] = self.flops_per_token * speed / (self.peak_flops * self.layout.world)
-        figures = Figures({**sums.losses, **guard}, sums.vectors())
-        self.flush()
-        self.pending = record, figures
-
-    def flush(self) -> None:
-        """Write down the last step, whose figures have arrived by now."""
-        if self.pending is None:
-            return
-        (record, figures), self.pending = self.pending, None
-        scalars, vectors = figures.read()
-        not_finite, spike = scalars.pop("not_finite") > 0, scalars.pop("spike") > 0
-        if scalars.pop("differs", 0.0) > 0:
-            self.fault = record["step"]
-        record |= scalars
-        record["bpb"] *= record["loss"]
-        if vectors:
-            *counts, entropies = vectors
-            record |= routing_figures(
-                counts,
-                entropies.tolist(),
-                log_load=self.cfg.train.log_load,
-                ranks=self.layout.cfg.ep,
-            )
-            for sentence in self.experts.add(counts):
-                self.reporter.notice(f"step {record['step']}: {sentence}")
-        if not_finite or spike:
-            record |= {"skipped": True, "spike": True} if spike else {"skipped": True}
-            self.heed(record, spike=spike)
-        self.progress.skipped = self.progress.skipped + 1 if not_finite else 0
-        self.metrics.write(record)
-        self.reporter.step(record)
-
-    def heed(self, record: Record, *, spike: bool) -> None:
-        """A step changed nothing: count it, and say so."""
-        self.progress.skipped_in_all += 1
-        if spike:
-            self.guard.heard(record["step"])
-        why = "it spiked" if spike else "it is not finite"
-        figures = f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}"
-        self.reporter.notice(f"step {record['step']} changed nothing, {why}: {figures}")
-
-    # What surrounds the step.
+        return self.learner.progress
 
     def run(self, stop: Callable[[], bool]) -> TrainResult:
-        """Step until all is done, ``stop()`` says so, or the guard does."""
+        """Step until all is done, ``stop()`` says so, or a guard does."""
         cfg = self.cfg.train
         total = sum(rows_at(self.cfg, step) for step in range(cfg.steps)) * self.cfg.data.seq_len
         self.reporter.start(step=self.progress.step, steps=cfg.steps, tokens=total)
         if cfg.compile and self.progress.step < cfg.steps:
-            compile_blocks(self.model, self.warm_up, self.reporter.notice)
-        self.clock = time.perf_counter()
+            compile_blocks(self.learner.model, self.learner.warm_up, self.reporter.notice)
+        self.journal.clock = time.perf_counter()
         while self.progress.step < cfg.steps:
-            self.watchdog.begin(self.progress.step + 1)
             self.step()
-            self.watchdog.end()
-            self.saved()
             stopping = self.layout.any(stop())
             if stopping or any(map(self.due, (cfg.save_every, cfg.eval_every, cfg.sample_every))):
-                self.flush()
+                self.journal.flush()
             if trouble := self.trouble():
                 return self.result("guard", trouble)
-            if self.guard.persists(self.progress.step):
+            if self.learner.guard.persists(self.progress.step):
                 if trouble := self.roll_back():
                     return self.result("guard", trouble)
                 continue
@@ -382,6 +196,13 @@ class Trainer:
                 return self.result("interrupted")
         return self.result("done")
 
+    def step(self) -> None:
+        """One step of training, and a look at the save that may be under way."""
+        self.watchdog.begin(self.progress.step + 1)
+        self.journal.add(self.learner.step())
+        self.watchdog.end()
+        self.saved()
+
     def due(self, every: int) -> bool:
         """Whether what happens every so many steps (0: never), and after the last, happens now."""
         step = self.progress.step
@@ -389,43 +210,40 @@ class Trainer:
 
     def look_around(self, *, saving: bool) -> None:
         """Evaluate, write a sample and save, each if it is due. Their time is nobody's speed."""
-        cfg = self.cfg.train
-        with uncompiled(self.model):
+        cfg, model = self.cfg.train, self.learner.model
+        with uncompiled(model):
             if self.due(cfg.eval_every):
                 self.evaluate()
             if self.sample is not None and self.due(cfg.sample_every):
-                with in_step(self.model, self.layout):
-                    text = self.sample(self.model, self.dataset.tokenizer)
+                with in_step(model, self.layout):
+                    text = self.sample(model, self.dataset.tokenizer)
                 self.reporter.sample(self.progress.step, text)
         if saving or self.due(cfg.save_every):
             self.save()
-        self.clock = time.perf_counter()
+        self.journal.clock = time.perf_counter()
 
     def evaluate(self) -> None:
         """Measure the held-out losses and write them down."""
         result = evaluate(
-            self.model,
+            self.learner.model,
             self.dataset,
             seq_len=self.cfg.data.seq_len,
-            batch_size=self.rows,
+            batch_size=self.learner.rows,
             max_bytes=self.cfg.train.eval_bytes,
-            precision=self.precision(),
+            precision=self.learner.precision(),
             layout=self.layout,
         )
-        place = {"step": self.progress.step, "tokens": self.progress.tokens}
-        self.evaluations.write({**place, **result.record()})
-        self.last_evaluation = result
-        self.reporter.evaluation(self.progress.step, result)
+        self.journal.evaluated(result)
+
+    # Saving.
 
     def save(self) -> None:
         """Commit a checkpoint, after all that was recorded up to it."""
         if self.last_saved == self.progress.step:
             return
         self.saved(waiting=True)
-        self.metrics.sync()
-        self.evaluations.sync()
-        self.parts.loader = self.loader.state()
-        taken = checkpoint.snapshot(self.cfg, self.parts, self.dataset.tokenizer)
+        self.journal.sync()
+        taken = self.learner.state()
         self.check_room(taken)
         self.saver.start(taken)
         self.last_saved = self.progress.step
@@ -444,12 +262,14 @@ class Trainer:
             self.reporter.notice(warning)
         self.room_is_short = warning is not None
 
+    # When the guards have spoken.
+
     def trouble(self) -> str | None:
         """Why a guard must stop the run now, or None."""
-        if self.fault is not None:
+        if self.journal.fault is not None:
             return (
-                f"step {self.fault}, computed twice, gave other gradients: memory or processor of "
-                "this machine err; go on elsewhere"
+                f"step {self.journal.fault}, computed twice, gave other gradients: memory or "
+                "processor of this machine err; go on elsewhere"
             )
         if self.progress.skipped >= MAX_NOT_FINITE:
             return (
@@ -463,21 +283,20 @@ class Trainer:
 
         Returns why it cannot be, or None.
         """
-        self.flush()
+        self.journal.flush()
         self.saved(waiting=True)
-        first, at, rollbacks = self.guard.spikes[0], self.progress.step, self.guard.rollbacks
+        guard, at = self.learner.guard, self.progress.step
+        first, rollbacks = guard.spikes[0], guard.rollbacks
         back = self.layout.lead(self.forget) if rollbacks < MAX_ROLLBACKS else None
         if back is None:
             return (
                 f"spikes went on from step {first}, after {rollbacks} returns to an earlier "
                 "checkpoint; try a lower train.lr, or look at the data"
             )
-        ahead = self.loader.state()
-        checkpoint.restore(Path(back), self.parts)
-        self.loader.restore(ahead)
-        self.guard.spikes, self.guard.rollbacks = [], rollbacks + 1
+        self.learner.return_to(Path(back))
+        guard.spikes, guard.rollbacks = [], rollbacks + 1
         self.last_saved = self.progress.step
-        self.last_evaluation = last_evaluation(self.out / "eval.jsonl")
+        self.journal.read_back()
         self.reporter.notice(
             f"spikes from step {first} on: back from step {at} to {self.last_saved}, leaving out "
             f"the data read since ({rollbacks + 1} of {MAX_ROLLBACKS} times)"
@@ -486,44 +305,25 @@ class Trainer:
 
     def forget(self) -> str | None:
         """Drop records and checkpoints after the newest one before the spikes; its folder."""
-        back = newest(self.out, before=self.guard.spikes[0], warn=self.reporter.notice)
+        first = self.learner.guard.spikes[0]
+        back = newest(self.out, before=first, warn=self.reporter.notice)
         if back is None:
             return None
         for folder in committed(self.out):
             if step_of(folder) > step_of(back):
                 remove(folder)
-        self.metrics.rewind(step_of(back))
-        self.evaluations.rewind(step_of(back))
+        self.journal.rewind(step_of(back))
         return str(back)
 
-    def load(self, start: Path | None) -> None:
-        """Take up the run where ``start`` left it, or begin it."""
-        if start is not None:
-            checkpoint.restore(start, self.parts)
-            self.loader.restore(self.parts.loader)
-        elif self.cfg.train.init_from is not None:
-            checkpoint.init_from(Path(self.cfg.train.init_from), self.model, self.dataset.tokenizer)
-
-    def open_folder(self) -> None:
-        """Write what describes the run, and open its records at the present step."""
-        self.metrics = self.evaluations = NoLines()
-        self.room_is_short = False
-        self.layout.lead(self.describe)
-        self.last_evaluation = last_evaluation(self.out / "eval.jsonl")
+    # The folder, at the beginning and at the end.
 
     def describe(self) -> None:
-        """The files of the folder that rank 0 writes."""
-        self.check_room(checkpoint.snapshot(self.cfg, self.parts, self.dataset.tokenizer))
+        """Write what describes the run, and open its records at the present step: rank 0 does."""
+        self.check_room(self.learner.state())
         replace_text(self.out / CONFIG, to_toml(self.cfg))
-        replace_text(self.out / "env.json", json.dumps(environment(self.device), indent=1) + "\n")
-        self.metrics = JsonLines(self.out / "metrics.jsonl", upto=self.progress.step)
-        self.evaluations = JsonLines(self.out / "eval.jsonl", upto=self.progress.step)
-
-    def warm_up(self) -> None:
-        """One forward and backward pass of the next batch, which leaves no trace."""
-        batch = self.loader.peek()
-        self.losses(batch, progress=0.0, denominator=batch.targets.numel()).total.backward()
-        self.model.zero_grad(set_to_none=True)
+        about = json.dumps(environment(self.learner.device), indent=1)
+        replace_text(self.out / "env.json", about + "\n")
+        self.journal.open()
 
     def result(self, reason: Reason, trouble: str = "") -> TrainResult:
         """How the run ended, with the sentence that says how to go on."""
@@ -537,12 +337,12 @@ class Trainer:
             "guard": f"stopped at step {done} of {steps}: {trouble}; "
             + (f"the newest checkpoint is {saved[-1]}" if saved else "nothing was saved"),
         }[reason]
-        return TrainResult(reason, done, self.progress.tokens, self.last_evaluation, message)
+        evaluation = self.journal.last_evaluation
+        return TrainResult(reason, done, self.progress.tokens, evaluation, message)
 
     def close(self) -> None:
         """Let go of files and threads."""
         self.saver.close()
-        self.loader.close()
-        self.metrics.close()
-        self.evaluations.close()
+        self.learner.loader.close()
+        self.journal.close()
         self.reporter.close()
