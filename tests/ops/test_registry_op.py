@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from fathom.ops import OPS, attention, grouped_mm, registry, table, why_not
-from fathom.ops.registry import Implementations, autocast, choose, takes_all
+from fathom.ops import OPS, attention, grouped_mm, table, why_not
+from fathom.ops.registry import Implementations, autocast, choose, no_kernel, op, takes_all
 
 
 def test_every_op_is_in_the_table_with_what_runs_where():
@@ -48,19 +48,19 @@ def test_a_forced_kernel_is_refused_with_the_way_out(op):
         choose(OPS[op], "triton", torch.ones(4, 4), torch.ones(1, 4, 4))
 
 
-def test_an_unproven_kernel_runs_on_request_alone():
-    refusals = {"triton": takes_all, "reference": takes_all}
-    tried = Implementations(op="tried", refusals=refusals)
-    untried = Implementations(op="untried", refusals=refusals, unproven=frozenset({"triton"}))
-    assert choose(tried, "auto", torch.ones(1)) == "triton"
-    assert choose(untried, "auto", torch.ones(1)) == "reference"
-    assert choose(untried, "triton", torch.ones(1)) == "triton"
-    assert "tests have not run on a GPU" in untried.passed_over("triton")
+def test_the_first_that_can_run_is_taken():
+    never = Implementations(op="never", refusals={"triton": no_kernel, "reference": takes_all})
+    always = Implementations(op="always", refusals={"triton": takes_all, "reference": takes_all})
+    assert choose(never, "auto", torch.ones(1)) == "reference"
+    assert choose(always, "auto", torch.ones(1)) == "triton"
 
 
-def test_the_environment_lets_auto_take_unproven_kernels(monkeypatch):
-    monkeypatch.setattr(registry, "TAKE_UNPROVEN", True)
-    assert OPS["block_attention"].fastest("cuda", torch.bfloat16) == "triton"
+def test_an_op_may_take_its_tensors_in_a_list():
+    @op("sum_of_a_list", fake=lambda tensors: tensors[0].clone(), flops=lambda *_: 0)
+    def sum_of_a_list(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0] + tensors[1]
+
+    assert sum_of_a_list([torch.ones(1), torch.ones(1)]) == 2
 
 
 def test_ops_refuse_rather_than_swap():

@@ -106,8 +106,7 @@ def table(
             name,
             cpu=implementations.fastest("cpu", cpu_dtype),
             cuda=implementations.fastest("cuda", cuda_dtype),
-            why_not=implementations.why_not("triton", "cuda", cuda_dtype)
-            or implementations.passed_over("triton"),
+            why_not=implementations.why_not("triton", "cuda", cuda_dtype),
         )
         for name, implementations in OPS.items()
     ]

@@ -62,7 +62,6 @@ def block_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> s
 BLOCK_ATTENTION = Implementations(
     op="block_attention",
     refusals={"triton": block_kernel_refusal, "torch": masked_refusal, "reference": takes_all},
-    unproven=frozenset({"triton"}),
 )
 
 

@@ -46,8 +46,8 @@ def loss_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
         return reason
     if len(tensors) == 4:
         return "it needs selected tokens: over all of them PyTorch's products run"
-    if not tensors:  # asked for the table of what runs by itself
-        return "it needs a comparison on a GPU first, and runs only where impl='triton' asks for it"
+    if not tensors:
+        return ""
     width, groups, main_width = tensors[0].shape[-1], *tensors[3].shape[2:]
     rest = main_width - (1 << (main_width.bit_length() - 1))
     if groups > 1 or rest < 16 or rest & (rest - 1):
@@ -57,8 +57,8 @@ def loss_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
     return ""
 
 
-INDEX_LOSS = Implementations(  # the kernels are not proven on a GPU: they run where asked for
-    op="index_loss", refusals={"reference": takes_all, "triton": loss_refusal}
+INDEX_LOSS = Implementations(
+    op="index_loss", refusals={"triton": loss_refusal, "reference": takes_all}
 )
 
 
@@ -205,8 +205,7 @@ def index_loss(
             are visible.
         main_lse_BTH: log-sum-exp in base 2 of the main attention's scores over these tokens, if
             it is known: saves the kernels a pass.
-        impl: which implementation; ``auto`` is the reference, for the kernels were timed on a GPU
-            and compared with it by interpretation alone.
+        impl: which implementation.
 
     Raises:
         ValueError: a refused ``impl``.

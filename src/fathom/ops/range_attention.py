@@ -47,7 +47,6 @@ def range_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> s
 RANGE_ATTENTION = Implementations(
     op="range_attention",
     refusals={"triton": range_kernel_refusal, "torch": torch_refusal, "reference": takes_all},
-    unproven=frozenset({"triton"}),
 )
 
 

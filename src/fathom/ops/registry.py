@@ -7,7 +7,6 @@ that can run; a forced one is honoured or refused with a sentence, never swapped
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar, cast
@@ -27,8 +26,6 @@ Called without tensors it answers for a device and a dtype alone.
 """
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-TAKE_UNPROVEN = bool(os.environ.get("FATHOM_UNPROVEN"))  # once: a compiled model keeps its choice
 
 
 def takes_all(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
@@ -74,30 +71,18 @@ def width_refusal(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Implementations:
-    """What stops each implementation of an op, fastest first; the last runs everywhere.
-
-    ``unproven``: those whose tests have not run on a GPU yet. ``auto`` passes them over, unless the
-    environment sets ``FATHOM_UNPROVEN``.
-    """
+    """What stops each implementation of an op, fastest first; the last runs everywhere."""
 
     op: str
     refusals: Mapping[str, Refusal]
-    unproven: frozenset[str] = frozenset()
 
     def why_not(self, impl: str, device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
         """What ``impl`` lacks to run on these tensors; "" if it can."""
         return self.refusals[impl](device, dtype, *tensors)
 
     def fastest(self, device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
-        """The first implementation that can run and that ``auto`` takes."""
-        offered = (i for i in self.refusals if not self.passed_over(i))
-        return next(i for i in offered if not self.why_not(i, device, dtype, *tensors))
-
-    def passed_over(self, impl: str) -> str:
-        """Why ``auto`` does not take an implementation that could run; "" if it does."""
-        if TAKE_UNPROVEN or impl not in self.unproven:
-            return ""
-        return "its tests have not run on a GPU yet: it runs on request, or with FATHOM_UNPROVEN=1"
+        """The first implementation that can run, which ``auto`` takes."""
+        return next(i for i in self.refusals if not self.why_not(i, device, dtype, *tensors))
 
 
 def choose(implementations: Implementations, impl: Impl, *tensors: Tensor) -> str:
@@ -128,7 +113,8 @@ def op(
 ) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
     """Register a function as ``torch.ops.fathom.<name>``, opaque to ``torch.compile``.
 
-    It runs with the device of its first tensor as the current one, to which Triton launches.
+    It runs with the device of its first tensor as the current one, to which Triton launches;
+    tensors may stand in lists.
 
     Args:
         name: the op's name.
@@ -141,7 +127,8 @@ def op(
     def register(function: Callable[Args, Result]) -> Callable[Args, Result]:
         @functools.wraps(function)
         def on_its_device(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-            with torch.cuda.device_of(next((a for a in args if isinstance(a, Tensor)), None)):
+            leaves = (t for a in args for t in (a if isinstance(a, list) else [a]))
+            with torch.cuda.device_of(next(t for t in leaves if isinstance(t, Tensor))):
                 return function(*args, **kwargs)
 
         custom = torch.library.custom_op(f"fathom::{name}", on_its_device, mutates_args=())

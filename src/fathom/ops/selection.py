@@ -46,11 +46,8 @@ def selection_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) 
 
 
 REFUSALS = {"triton": selection_kernel_refusal, "reference": takes_all}
-UNPROVEN = frozenset({"triton"})
-SELECT_BY_MEAN = Implementations(op="select_by_mean", refusals=REFUSALS, unproven=UNPROVEN)
-SELECT_BY_IMPORTANCE = Implementations(
-    op="select_by_importance", refusals=REFUSALS, unproven=UNPROVEN
-)
+SELECT_BY_MEAN = Implementations(op="select_by_mean", refusals=REFUSALS)
+SELECT_BY_IMPORTANCE = Implementations(op="select_by_importance", refusals=REFUSALS)
 
 
 @torch.no_grad()
