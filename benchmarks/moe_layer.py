@@ -1,20 +1,24 @@
 """An expert layer alone, router included, forward and backward: ours, plain PyTorch, transformers.
 
-    python benchmarks/moe_layer.py [--out DIR] [--cases v2-lite fine-grained] [--parts]
+    python benchmarks/moe_layer.py [--out DIR] [--cases v2-lite fine-grained] [--parts | --sweep]
 
 Random tokens and weights in bf16, no shared experts; sigmoid scores, normalised. FLOPs are those of
 the experts' three products, forward and backward (``18 T K D H``). "torch" is a stable argsort, a
 gather, ``F.grouped_mm``, SwiGLU, ``F.grouped_mm``, and a weighted ``index_add_`` in float32; it
 runs eagerly and compiled. ``--parts`` also times each pass of the layer on its own.
+
+``--sweep`` follows one shape along tokens, experts, choices and width instead; ours and "torch"
+run eagerly as CUDA graphs. Its roofline lets every product take what its FLOPs or its bytes take at
+the machine's limits, and all else nothing.
 """
 
 import argparse
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from records import limits, milliseconds, row, spread, write
+from records import as_graph, limits, milliseconds, row, spread, write
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear, silu
 
@@ -28,6 +32,14 @@ CASES = {  # tokens, dim, one expert's width, experts, top-k
     "v2-lite": (32768, 2048, 1408, 64, 6),
     "v3-rank": (8192, 7168, 2048, 32, 8),
     "fine-grained": (32768, 1024, 512, 128, 8),
+}
+
+BASE = {"tokens": 16384, "dim": 2048, "inner": 1024, "experts": 64, "topk": 8}
+SWEEP = {
+    "tokens": [1024 * 2**i for i in range(7)],
+    "experts": [8 * 2**i for i in range(7)],
+    "topk": [1, 2, 4, 8, 16],
+    "dim": [256, 512, 1024, 2048, 4096, 7168],  # an expert is half as wide
 }
 
 
@@ -52,7 +64,8 @@ def plain(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, top_k: i
     gates = (scores / scores.sum(-1, keepdim=True)).flatten()
     flat = ids.flatten()
     order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=len(router)).cumsum(0).to(torch.int32)
+    experts = torch.arange(len(router), device=x.device)
+    ends = torch.searchsorted(flat[order], experts, right=True, out_int32=True)
     gate, up = grouped_mm(x[order // top_k], w_gate_up.mT, offs=ends).chunk(2, dim=-1)
     y = grouped_mm(silu(gate) * up, w_down.mT, offs=ends)
     y = y.float() * gates[order][:, None]
@@ -173,13 +186,74 @@ def parts(case: tuple[int, ...]) -> dict[str, float]:
     return found
 
 
+def roofline(case: tuple[int, ...], machine: Mapping[str, float]) -> float:
+    """TFLOP/s if every product ran at the faster limit that binds it, and all else were free."""
+    tokens, dim, inner, n_experts, top_k = case
+    rows, milliseconds = tokens * top_k, 0.0
+    for wide, narrow in ((dim, 2 * inner), (inner, dim)):  # up, down
+        work = 2 * rows * wide * narrow / 1e9 / machine["gemm_tflops"]
+        numbers = rows * (wide + narrow) + n_experts * wide * narrow
+        moved = 2 * numbers / 1e9 / machine["copy_tb_per_s"]
+        milliseconds += 3 * max(work, moved)  # forward, of the input, of the weight
+    return 18 * rows * dim * inner / 1e9 / milliseconds
+
+
+def swept() -> dict[str, tuple[int, ...]]:
+    """The base shape with one number changed, by ``axis-value``."""
+    cases = {}
+    for axis, values in SWEEP.items():
+        for value in values:
+            shape = BASE | {axis: value}
+            if axis == "dim":
+                shape["inner"] = value // 2
+            cases[f"{axis}-{value}"] = tuple(shape.values())
+    return cases
+
+
+def graphed(layer: MoE, function: Callable[[Tensor], Tensor], tokens: int) -> Callable[[], None]:
+    """Forward and backward of a function of tokens and the layer's weights."""
+    dim = layer.router.weight.shape[1]
+    x = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn_like(x)
+    wanted = (x, *layer.parameters())
+    return as_graph(lambda: torch.autograd.grad(function(x), wanted, grad))
+
+
+def sweep(machine: Mapping[str, float]) -> None:
+    rows, limit = [], {}
+    for name, case in swept().items():
+        tokens, dim, inner, _, top_k = case
+        layer = our_layer(case)
+        weights = layer.router.weight, layer.experts.w_gate_up, layer.experts.w_down
+
+        def our_forward(x: Tensor, layer: MoE = layer) -> Tensor:
+            choice = layer.router(x)
+            sending = layer.dispatcher.dispatch(x, choice.expert_ids_NK)
+            return sending.through(layer.experts, choice.gates_NK)
+
+        ways = {"ours": our_forward, "torch": lambda x, w=weights, k=top_k: plain(x, *w, k)}
+        found = {
+            who: measure(lambda way=way, one=layer, n=tokens: graphed(one, way, n))
+            for who, way in ways.items()
+        }
+        speed = {who: 18 * tokens * top_k * dim * inner / 1e9 / f["ms"] for who, f in found.items()}
+        limit[name] = roofline(case, machine)
+        print(name, speed, limit[name], flush=True)
+        mine, wide = speed.pop("ours"), found["ours"]["spread"]
+        rows.append(row(name, "fwd_bwd", "TFLOP/s", mine, speed, spread=wide))
+    write("moe_layer_scaling", rows, machine, base=BASE, roofline=limit)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     rows, passes, machine = [], {}, limits()
+    if arguments.sweep:
+        return sweep(machine)
     for name in arguments.cases:
         case = CASES[name]
         tokens, dim, inner, _, top_k = case

@@ -45,6 +45,20 @@ def _clocked(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def as_graph(run: Callable[[], object]) -> Callable[[], None]:
+    """The launches of ``run`` as one CUDA graph: what it takes is the device's work alone."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def row(
     case: str,
     metric: str,
