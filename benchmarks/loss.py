@@ -3,11 +3,13 @@
     python benchmarks/loss.py [--out DIR] [--cases v102400]
 
 Forward and backward in bf16. "torch" is PyTorch's own over whole logits, "torch-compiled" the same
-in chunks of 4,096 rows whose gradients are computed at once, each chunk compiled.
+in chunks of 4,096 rows whose gradients are computed at once, each chunk compiled. quack (its exact
+form), Liger and cut-cross-entropy (its exact form, compiled) join where they can be imported.
 """
 
 import argparse
 import gc
+import importlib.util
 import statistics
 from collections.abc import Callable
 
@@ -57,6 +59,33 @@ def chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     loss = -log_p.gather(1, targets[:, None]).sum()
     columns = torch.arange(logits.shape[1], device=logits.device)
     return loss, (log_p.exp() - (columns == targets[:, None]).float()).to(logits.dtype)
+
+
+def quack(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    exact = {"use_scaled_exp": False, "tuned": False}
+    return chunked_linear_cross_entropy(x, w, targets, chunk_size=CHUNK, **exact) * len(x)
+
+
+def liger(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    return LigerFusedLinearCrossEntropyLoss()(w, x, targets) * len(x)
+
+
+def cut(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+    return cut_cross_entropy(x, w, targets, impl="torch_compile") * len(x)
+
+
+def others() -> dict[str, Loss]:
+    """The peers that can be imported."""
+    known = {"quack": quack, "liger_kernel": liger, "cut_cross_entropy": cut}
+    return {way.__name__: way for name, way in known.items() if importlib.util.find_spec(name)}
 
 
 def inputs(case: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +138,7 @@ def main() -> None:
             "torch-compiled": lambda *t: Chunked.apply(*t),
             "torch": whole,
             "ours-without-kernel": lambda x, w, t: linear_cross_entropy(x, w, t, impl="torch"),
+            **others(),
         }
         found = {}
         for who, way in ways.items():

@@ -5,7 +5,8 @@
 Random tokens and weights in bf16, no shared experts; sigmoid scores, normalised. FLOPs are those of
 the experts' three products, forward and backward (``18 T K D H``). "torch" is a stable argsort, a
 gather, ``F.grouped_mm``, SwiGLU, ``F.grouped_mm``, and a weighted ``index_add_`` in float32; it
-runs eagerly and compiled. ``--parts`` also times each pass of the layer on its own.
+runs eagerly and compiled. SonicMoE, with the tiles it is shipped with, joins where it can be
+imported. ``--parts`` also times each pass of the layer on its own.
 
 ``--sweep`` follows one shape along tokens, experts, choices and width instead; ours and "torch"
 run eagerly as CUDA graphs. Its roofline lets every product take what its FLOPs or its bytes take at
@@ -152,6 +153,33 @@ def transformers_layer(case: tuple[int, ...]) -> Callable[[], None]:
     return trained(forward, tokens, dim)
 
 
+def sonicmoe_layer(case: tuple[int, ...]) -> Callable[[], None]:
+    import quack.autotuner
+    from sonicmoe import MoE as SonicMoE
+    from sonicmoe.enums import ActivationType
+
+    def untuned(tuner, *args, **kwargs):  # tuning compiles dozens of kernels a shape
+        return tuner.fn(*args, **{**kwargs, "config": None})
+
+    quack.autotuner.Autotuner.__call__ = untuned
+    tokens, dim, inner, n_experts, top_k = case
+    layer = SonicMoE(
+        num_experts=n_experts,
+        num_experts_per_tok=top_k,
+        hidden_size=dim,
+        intermediate_size=inner,
+        activation_function=ActivationType.SWIGLU,
+        add_bias=False,
+        std=0.02,
+    ).to("cuda", torch.bfloat16)
+
+    def forward(x: Tensor) -> Tensor:
+        layer.zero_grad()
+        return layer(x)[0]
+
+    return trained(forward, tokens, dim)
+
+
 def parts(case: tuple[int, ...]) -> dict[str, float]:
     """Milliseconds of every pass of the layer on its own."""
     tokens, dim, _, n_experts, top_k = case
@@ -265,10 +293,11 @@ def main() -> None:
             "torch-compiled": measure(lambda c=case: peer(c, compiled=True)),
             "torch": measure(lambda c=case: peer(c, compiled=False)),
         }
-        try:
-            found["transformers"] = measure(lambda c=case: transformers_layer(c))
-        except (ImportError, RuntimeError, TypeError, AttributeError) as error:
-            print(f"transformers did not run {name}: {error}", flush=True)
+        for who, make in {"transformers": transformers_layer, "sonicmoe": sonicmoe_layer}.items():
+            try:
+                found[who] = measure(lambda c=case, make=make: make(c))
+            except (ImportError, RuntimeError, TypeError, AttributeError) as error:
+                print(f"{who} did not run {name}: {error}", flush=True)
         torch.compiler.reset()
         speed = {who: work / one["ms"] for who, one in found.items()}
         memory = {who: one["gb"] for who, one in found.items()}
