@@ -8,9 +8,11 @@ number, so what fails can be had again. ``--share`` runs that part of the record
 """
 
 import argparse
+import base64
 import json
 import random
 import resource
+import struct
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ from fathom.convert.gguf import open_gguf
 from fathom.convert.hf_tokenizer import read_hf_tokenizer
 from fathom.convert.run_folder import CheckpointError
 from fathom.convert.source import INDEX, SINGLE, FolderSource
-from fathom.data.tokenizer import train_tokenizer
+from fathom.data.tokenizer import Tokenizer, train_tokenizer
 from fathom.generate.defaults import GENERATION_CONFIG, read_defaults
 
 SECONDS, GROWN_BYTES = 1.0, 256 * 2**20
@@ -115,6 +117,32 @@ def changed_json(content: bytes, begin: int, draw: random.Random) -> bytes:
     return (len(text).to_bytes(8, "little") if begin else b"") + text + rest
 
 
+def ranks(tokenizer: Tokenizer) -> list[bytes]:
+    """All bytes, and what a vocabulary of ours joined, as tiktoken would order them."""
+    joined = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    tokens = [*(bytes([i]) for i in range(256)), *(piece for piece in joined if len(piece) > 1)]
+    return list(dict.fromkeys(tokens))
+
+
+def sentencepiece_model() -> bytes:
+    """A ``tokenizer.model`` of few pieces: the fields of ``sentencepiece_model.proto``, by hand."""
+
+    def part(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    def piece(name: str, score: float, kind: int) -> bytes:
+        scored = bytes([2 << 3 | 5]) + struct.pack("<f", score)
+        return part(1, part(1, name.encode()) + scored + bytes([3 << 3, kind]))
+
+    pieces = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3)]
+    pieces += [(f"<0x{byte:02X}>", 0, 6) for byte in range(256)]
+    words = ("Th", "The", "\u2581The", "\u2581", *"The12.")
+    pieces += [(word, -rank, 1) for rank, word in enumerate(words)]
+    bpe = bytes([3 << 3, 2, (35 << 3 & 127) | 128, 35 >> 4, 1])  # model_type, byte_fallback
+    as_it_is = bytes([4 << 3, 0])  # remove_extra_whitespaces
+    return b"".join(piece(*each) for each in pieces) + part(2, bpe) + part(3, as_it_is)
+
+
 def doors(folder: Path) -> dict[str, Door]:
     """Every door, with whole files to begin from."""
     sample = "the quick brown fox jumps over the lazy dog, twice; and 12 more. " * 20
@@ -154,6 +182,19 @@ def doors(folder: Path) -> dict[str, Door]:
     def enter_tokenizer(content: bytes) -> object:
         return read_hf_tokenizer({"tokenizer.json": content}, "it").encode("The fox, 12.")
 
+    def enter_vocabulary(name: str, **config: Any) -> Callable[[bytes], object]:
+        neighbour = {"tokenizer_config.json": json.dumps(config).encode()}
+        return lambda content: read_hf_tokenizer({name: content, **neighbour}, "it").encode(
+            "The 1."
+        )
+
+    tokens = ranks(tokenizer)
+    ends = {str(len(tokens)): {"content": "[BOS]"}, str(len(tokens) + 1): {"content": "[EOS]"}}
+    lines = b"\n".join(b"%s %d" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+    moonshot = enter_vocabulary(
+        "tiktoken.model", tokenizer_class="TikTokenTokenizer", added_tokens_decoder=ends
+    )
+
     def read_as_config(inside: Path) -> object:
         return read_config(read_folder_config(inside), "config.json")
 
@@ -173,6 +214,10 @@ def doors(folder: Path) -> dict[str, Door]:
         ),
         "tokenizers": Door(
             [(models[0] / "tokenizer.json").read_bytes()], enter_tokenizer, 0, 20_000
+        ),
+        "tiktoken vocabularies": Door([lines], moonshot, None, 20_000),
+        "SentencePiece vocabularies": Door(
+            [sentencepiece_model()], enter_vocabulary("tokenizer.model"), None, 20_000
         ),
         "GGUF headers": Door(
             [(folder / "m.gguf").read_bytes()],

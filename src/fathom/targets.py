@@ -10,13 +10,13 @@ from fathom import api
 from fathom.console import note
 from fathom.convert.fetch import OFFERS, located
 from fathom.convert.hub import revision_of
-from fathom.convert.run_folder import CONFIG, CheckpointError, find_checkpoint
+from fathom.convert.run_folder import CONFIG, find_checkpoint
 from fathom.convert.source import Progress
 from fathom.data.config import DataConfig
 from fathom.data.dataset import Dataset, open_dataset
 from fathom.data.texts import decoded, read_texts
 from fathom.data.tokenizer import Tokenizer
-from fathom.generate.engine import BUNDLED_BY_SIZE, tokenizer_of
+from fathom.generate.engine import BUNDLED_BY_SIZE, missing_tokenizer, tokenizer_of
 from fathom.layers.base import require
 from fathom.model import Decoder
 from fathom.presets import PRESETS
@@ -106,10 +106,7 @@ def _recorded(model: str, built: Decoder) -> DataConfig:
 
 def _require_readable(built: Decoder, dataset: Dataset, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None and dataset.tokenizer.vocab_size > built.cfg.vocab_size:
-        raise CheckpointError(
-            f"this model of {built.cfg.vocab_size} ids came without a tokenizer, so there is no "
-            "text that it could be measured on"
-        )
+        raise missing_tokenizer(built)
 
 
 def batches_of(source: str, seq_len: int | None) -> tuple[DataConfig, int, int]:

@@ -113,8 +113,11 @@ def added(*names: str) -> list[dict[str, object]]:
         (b"", "is not a tokenizer.json"),
         (b"\xff\xfe", "is not a tokenizer.json"),
         (b'{"model": 3}', "is not a tokenizer.json"),
-        (changed(decoder={"type": "Fuse"}), "is not a byte-level BPE"),
-        (changed(decoder=None), "is not a byte-level BPE"),
+        (
+            changed(decoder={"type": "Fuse"}),
+            "it is neither byte-level BPE nor BPE with byte fallback",
+        ),
+        (changed(decoder=None), "it is neither byte-level BPE nor BPE with byte fallback"),
         (changed(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "byte-level"),
         (changed(model={"type": "BPE", "vocab": {"a": -1}, "merges": []}), "ids outside"),
         (changed(model={"type": "BPE", "vocab": ["a"], "merges": []}), "is not a tokenizer.json"),

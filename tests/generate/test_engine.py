@@ -209,7 +209,7 @@ def test_no_prompts_give_no_texts() -> None:
         ([[]], {}, "must hold at least one"),
         ([[40]], {}, r"from 0 to 39, got \[40\]"),
         ([[-1]], {}, r"from 0 to 39, got \[-1\]"),
-        (["abc"], {}, "a prompt of text needs a tokenizer"),
+        (["abc"], {}, "text needs a tokenizer, and none came"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([[1]], {"max_new_tokens": 64}, "do not fit in the model's context of 64"),
         ([[1]], {"stop": ["x"]}, "stop strings need a tokenizer"),

@@ -120,7 +120,7 @@ def inspect(
       fathom inspect runs/tiny --ranks 4 --replicas 4
       fathom inspect tiny-moba --text notes.txt --layer 2 --out moba.html
     """
-    from fathom.generate.engine import tokenizer_of
+    from fathom.generate.engine import missing_tokenizer, tokenizer_of
     from fathom.inspect import look, write_page
     from fathom.targets import open_model, pick
 
@@ -139,6 +139,6 @@ def inspect(
     built = open_model(model, device=pick(device))
     tokenizer = tokenizer_of(built)
     if tokenizer is None:
-        raise ValueError(f"{model} came without a tokenizer, so it reads no text")
+        raise missing_tokenizer(built)
     found = look(built, tokenizer, words, layer=layer, max_tokens=max_tokens)
     typer.echo(f"wrote {write_page(found, out, title=model, head=head)}")

@@ -6,6 +6,7 @@ config before any memory is taken, so a small file cannot ask for a large model.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fathom.convert.families import Family, family_of, may_be_left_out, read_con
 from fathom.convert.files import exists, read_bytes, read_object
 from fathom.convert.fp8 import Dequantised, check_quantization
 from fathom.convert.hf_config import HFConfig
+from fathom.convert.hf_tokenizer import made_files
 from fathom.convert.llama import llama_rules
 from fathom.convert.names import Ranks, Renamed, rank_files, to_hugging_face, without_prefix
 from fathom.convert.official import deepseek_config, is_deepseek, meta_config
@@ -120,7 +122,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_folder_config(folder)
     source = f"{folder / HF_CONFIG}"
     cfg = read_config(config, source)
-    origin = Origin(config, side_files(folder))
+    origin = Origin(config, read_side_files(folder))
     if not exists(folder, HF_CONFIG):
         tensors = Renamed(FolderSource(folder, [META_WEIGHTS]), to_hugging_face)
         require_as_many(cfg, tensors, folder)
@@ -147,8 +149,15 @@ def _open_tensors(folder: Path) -> TensorSource:
     return source
 
 
-def side_files(folder: Path) -> dict[str, bytes]:
-    """The small files that belong to a model, as they are."""
+def read_side_files(folder: Path) -> dict[str, bytes]:
+    """The small files that belong to a model, and a ``tokenizer.json`` where it can be made."""
+    found = _side_files(folder)
+    with suppress(CheckpointError):  # it is raised again, once words are asked for
+        found |= made_files(found, f"{folder}")
+    return found
+
+
+def _side_files(folder: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for name in SIDE_FILES:
         if exists(folder, name):

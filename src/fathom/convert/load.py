@@ -34,7 +34,8 @@ def load_foreign(
 ) -> Decoder:
     """The model of another project's checkpoint; ``model.origin`` keeps what came beside it.
 
-    ``model.tokenizer`` is its tokenizer, where it is one of those that this version reads.
+    ``model.tokenizer`` is its tokenizer, where it is one of those that this version reads; else
+    None, and ``model.no_tokenizer`` says why.
 
     Args:
         dtype: of the weights; None: as stored, and bfloat16 where they are FP8.
@@ -45,18 +46,19 @@ def load_foreign(
     """
     checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(path)
     model = fill(checkpoint, device=device, dtype=dtype, progress=progress)
-    # nn.Module types its own setter narrowly
-    object.__setattr__(model, "origin", checkpoint.origin)
-    object.__setattr__(model, "tokenizer", read_tokenizer(checkpoint))
+    tokenizer, reason = read_tokenizer(checkpoint)
+    for name, value in (("origin", checkpoint.origin), ("tokenizer", tokenizer)):
+        object.__setattr__(model, name, value)  # nn.Module types its own setter narrowly
+    object.__setattr__(model, "no_tokenizer", reason)
     return model
 
 
-def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None: it has none, or one of a kind that is not read."""
+def read_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer | None, str]:
+    """The checkpoint's tokenizer; or None, and why: a model without one still takes ids."""
     try:
-        return read_hf_tokenizer(checkpoint.origin.files, f"{checkpoint.path}")
-    except CheckpointError:
-        return None
+        return read_hf_tokenizer(checkpoint.origin.files, f"{checkpoint.path}"), ""
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def fill(

@@ -1,8 +1,9 @@
-"""Byte-level BPE: every text is encodable, and every token stands for a known number of bytes.
+"""BPE of bytes: every text is encodable, and every token stands for a known number of bytes.
 
-Bits per byte needs that number exactly, so only byte-level vocabularies are accepted. A
-``tokenizer.json`` may come from a stranger: the Rust library is called inside ``guarded``, because
-what it raises on bad input can be a panic, which is no ``Exception``.
+Bits per byte needs that number exactly, so only vocabularies whose bytes are known are accepted
+(:mod:`fathom.data.pieces`); ours are byte-level. A ``tokenizer.json`` may come from a stranger: the
+Rust library is called inside ``guarded``, because what it raises on bad input can be a panic, which
+is no ``Exception``.
 """
 
 import codecs
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from fathom.data.images import BEGIN, GREYS
+from fathom.data.pieces import Spelling, spelling, steps
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 # Ours first, then those of Llama 3, DeepSeek, Llama-like and GPT-2-like vocabularies.
@@ -51,6 +54,8 @@ class Tokenizer:
             without.
         token_bytes: ``[vocab_size]`` int32, UTF-8 bytes of a token; 0 for special and image ids.
         is_symbol: ``[vocab_size]`` bool, True for the grey levels of images.
+        extra_bytes: of the first token of a text, those that are not the text's: 1 where the
+            vocabulary sets a space before every text (SentencePiece), else 0.
     """
 
     def __init__(
@@ -69,35 +74,30 @@ class Tokenizer:
             add_bos: whether a prompt begins with ``bos``; None: as the content says.
 
         Raises:
-            ValueError: damaged, not byte-level BPE, or without begin-of-text or end-of-text token.
+            ValueError: damaged, of tokens whose bytes are not known, or without begin-of-text or
+                end-of-text token.
         """
-        with guarded(f"{source} is not a tokenizer.json that can be read"):
+        with guarded(f"{source} is not a tokenizer.json that can be used"):
             described = json.loads(content)
             model, added = described["model"], described.get("added_tokens", [])
             vocab = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
             special = {token["content"]: bool(token.get("special")) for token in added}
             ids = [0, *map(int, vocab.values())]
-            byte_level = model.get("type", "BPE") == "BPE" and _is_byte_level(described["decoder"])
+            written = spelling(described)
         if min(ids) < 0 or max(ids) >= MAX_VOCAB:  # before the library makes a table of them
             raise ValueError(f"{source} has ids outside 0..{MAX_VOCAB - 1}")
-        if not byte_level:
-            raise ValueError(
-                f"{source} is not a byte-level BPE vocabulary: bits per byte needs to know the "
-                "bytes of every token; train one by leaving the tokenizer out"
-            )
-        with guarded(f"{source} is not a tokenizer.json that can be read"):
-            self._backend = tokenizers.Tokenizer.from_str(content.decode())
-        self._backend.encode_special_tokens = True  # "<|eos|>" inside a text is plain text
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        with guarded(f"{source} is not a tokenizer.json that can be used"):
+            self._backend = _backend(content.decode())
+            self._inner = _inner_backend(described) or self._backend
         self.vocab_size = max(ids) + 1
-        self._pieces = _pieces(vocab, special, self.vocab_size, source)
+        self._pieces = _pieces(vocab, special, written, self.vocab_size, source)
+        self.extra_bytes = written.extra_bytes
         self._ids = vocab
         self._names = {token_id: name for name, token_id in vocab.items()}
         self.bos_id = _first_known([bos] if bos else BOS_NAMES, vocab, source)
         self.eos_id = _first_known([eos] if eos else EOS_NAMES, vocab, source)
         if add_bos is None:
-            with guarded(f"{source} is not a tokenizer.json that can be read"):
+            with guarded(f"{source} is not a tokenizer.json that can be used"):
                 begin = self._backend.encode("", add_special_tokens=True).ids
             add_bos = self.bos_id in begin or BOS in vocab  # ours need no rule to begin with it
         self.begin_ids = [self.bos_id] if add_bos else []
@@ -136,8 +136,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; no special token is added or recognised."""
+        return self._encode(text)
+
+    def _encode(self, text: str, *, inner: bool = False) -> list[int]:
+        """``inner``: the text stands behind a special token."""
+        backend = self._inner if inner else self._backend
         with guarded("the text cannot be encoded"):
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return backend.encode(text, add_special_tokens=False).ids
 
     def encode_marked(self, text: str, literal: str = "\0") -> list[int]:
         """Ids of a text in which names of special tokens mean the tokens, as in a chat template.
@@ -150,10 +155,10 @@ class Tokenizer:
         for match in self._special_name.finditer(text):
             if text[max(match.start() - 1, 0)] == literal:
                 continue
-            ids += self.encode(text[start : match.start()].replace(literal, ""))
+            ids += self._encode(text[start : match.start()].replace(literal, ""), inner=start > 0)
             ids.append(self._ids[match[0]])
             start = match.end()
-        return ids + self.encode(text[start:].replace(literal, ""))
+        return ids + self._encode(text[start:].replace(literal, ""), inner=start > 0)
 
     def mark_literal(self, text: str, literal: str = "\0") -> str:
         """The text with ``literal`` before each name of a special token, and nowhere else."""
@@ -170,9 +175,21 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ``ids``: exactly the UTF-8 of the text they were encoded from."""
+        """The bytes of a text's ``ids``: exactly the UTF-8 of the text they were encoded from."""
         pieces = self._pieces
-        return b"".join([pieces[i] for i in ids])
+        joined = b"".join([pieces[i] for i in ids])
+        return joined.removeprefix(b" ") if self.extra_bytes else joined
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of one token inside a text; none for special and image ids."""
+        return self._pieces[token_id]
+
+    def predicted_bytes(
+        self, inputs: NDArray[np.int64], targets: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Bytes of the text that each target adds, where ``inputs`` are the ids before them."""
+        begins = self.extra_bytes * (inputs == self.bos_id)
+        return np.maximum(self.token_bytes[targets] - begins, 0).astype(np.int64)
 
     def token_id(self, name: str) -> int:
         """The id of a special token; ``ValueError`` where the vocabulary has none of that name."""
@@ -199,7 +216,7 @@ class DecodeStream:
 
     def add(self, token_id: int) -> str:
         """The text that became certain with this id, often one word, sometimes nothing."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
+        return self._decoder.decode(self._tokenizer.piece(token_id))
 
     def finish(self) -> str:
         """What is left: nothing, or U+FFFD for a character that was never completed."""
@@ -246,33 +263,38 @@ def _special(name: str) -> AddedToken:
     return AddedToken(name, special=True, normalized=False)
 
 
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    parts = (decoder or {}).get("decoders", [decoder])
-    return {part and part.get("type") for part in parts} == {"ByteLevel"}
+def _backend(content: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(content)
+    backend.encode_special_tokens = True  # "<|eos|>" inside a text is plain text
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
-def _pieces(vocab: dict[str, int], special: dict[str, bool], size: int, source: str) -> list[bytes]:
-    """The bytes of every id: the byte-level alphabet undone; none for special tokens and gaps."""
-    to_byte = _byte_of_character()
+def _inner_backend(described: dict[str, Any]) -> tokenizers.Tokenizer | None:
+    """For texts behind special tokens, where a space is set before the first text alone."""
+    first = [s for s in steps(described, "pre_tokenizer") if s.get("prepend_scheme") == "first"]
+    for step in first:
+        step["prepend_scheme"] = "never"
+    return _backend(json.dumps(described)) if first else None
+
+
+def _pieces(
+    vocab: dict[str, int], special: dict[str, bool], written: Spelling, size: int, source: str
+) -> list[bytes]:
+    """The bytes of every id; none for special tokens and gaps."""
     pieces = [b""] * size
     for name, i in vocab.items():
         if name in special:
             pieces[i] = b"" if special[name] else name.encode()
             continue
         try:
-            pieces[i] = bytes([to_byte[character] for character in name])
+            pieces[i] = written.to_bytes(name)
         except KeyError:
             raise ValueError(
                 f"{source}: token {name!r} is not written in byte-level letters"
             ) from None
     return pieces
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: a printable byte stands for itself, others for letters from U+0100 on."""
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in kept]
-    return {chr(byte): byte for byte in kept} | {chr(256 + n): b for n, b in enumerate(moved)}
 
 
 def _first_known(names: Sequence[str], vocab: dict[str, int], source: str) -> int:

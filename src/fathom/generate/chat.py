@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fathom.generate.chat_template import PLAIN_TEMPLATE, ChatTemplate, Message, read_chat_template
 from fathom.generate.defaults import GenerationDefaults
-from fathom.generate.engine import Engine, FinishReason
+from fathom.generate.engine import Engine, FinishReason, missing_tokenizer
 from fathom.generate.memory import Memory
 from fathom.layers.base import require
 from fathom.model import Decoder
@@ -66,7 +66,8 @@ class Chat:
         seed: int = 0,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        require(engine.tokenizer is not None, "a chat needs a model with a tokenizer")
+        if engine.tokenizer is None:
+            raise missing_tokenizer(engine.model)
         self.engine, self.template, self.seed, self.warn = engine, template, seed, warn
         self.system = system
         self.messages: list[Message] = []  # without the system prompt

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fathom.convert.run_folder import CheckpointError
 from fathom.data.corpus import BUNDLED
 from fathom.data.tokenizer import Tokenizer
 from fathom.generate.defaults import GenerationDefaults, read_defaults
@@ -93,6 +94,16 @@ def tokenizer_of(model: Decoder) -> Tokenizer | None:
         return None
     name = BUNDLED_BY_SIZE.get(model.cfg.vocab_size)
     return None if name is None else Tokenizer.load(BUNDLED / f"tokenizer-{name}.json")
+
+
+def missing_tokenizer(model: Decoder) -> ValueError:
+    """What to raise where text meets a model without a tokenizer."""
+    if reason := getattr(model, "no_tokenizer", ""):
+        return CheckpointError(f"text needs a tokenizer: {reason}")
+    return ValueError(
+        f"text needs a tokenizer, and none came with this model (of {model.cfg.vocab_size} ids): "
+        "give token ids, or Engine(model, tokenizer)"
+    )
 
 
 def defaults_of(model: Decoder) -> GenerationDefaults:
@@ -236,12 +247,8 @@ class Engine:
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            size = self.model.cfg.vocab_size
             if self.tokenizer is None:
-                raise ValueError(
-                    f"a prompt of text needs a tokenizer, and none came with this model (of {size} "
-                    "ids): give token ids, or Engine(model, tokenizer)"
-                )
+                raise missing_tokenizer(self.model)
             ids = [*self.tokenizer.begin_ids, *self.tokenizer.encode(prompt)]
             return ids or [self.tokenizer.bos_id]  # something must stand before the first token
         ids = list(prompt)

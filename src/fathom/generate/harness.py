@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fathom.generate.engine import Engine
+from fathom.generate.engine import Engine, missing_tokenizer
 from fathom.layers.base import require
 from fathom.model import Decoder
 
@@ -43,8 +43,8 @@ class FathomLM(LM):
         self.model = model if isinstance(model, Decoder) else api.load(model)
         self.model.eval()
         self.engine, self.batch_size = Engine(self.model), batch_size
-        require(self.engine.tokenizer is not None, "the harness needs a model with a tokenizer")
-        assert self.engine.tokenizer is not None
+        if self.engine.tokenizer is None:
+            raise missing_tokenizer(self.model)
         self.tokenizer = self.engine.tokenizer
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

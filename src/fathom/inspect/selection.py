@@ -82,7 +82,7 @@ def look(
     if scores_BHTS is None:
         raise ValueError(f"layer {at} ({kind}) does not show its scores, so nothing can be drawn")
     seen = Look(
-        tokens=[tokenizer.decode([i]) for i in ids],
+        tokens=[tokenizer.piece(i).decode("utf-8", "replace") for i in ids],
         layer=at,
         n_layers=len(parts),
         kind=kind,

@@ -92,7 +92,7 @@ def losses(model: Decoder, group: list[list[int]]) -> tuple[Tensor, Tensor]:
 def value_tokens(dataset: Dataset, ids: list[int]) -> Iterator[tuple[str, int, int]]:
     """Each fact and the range of ids that hold its value."""
     sizes = dataset.tokenizer.token_bytes[ids]
-    ends = sizes.cumsum()  # BOS and EOS stand for no bytes
+    ends = sizes.cumsum() - dataset.tokenizer.extra_bytes  # BOS and EOS stand for no bytes
     for fact, begin, end in values_in(dataset.tokenizer.decode(ids[1:-1])):
         inside = ((ends > begin) & (ends - sizes < end) & (sizes > 0)).nonzero()[0]
         yield fact, int(inside[0]), int(inside[-1]) + 1

@@ -21,11 +21,11 @@ def run(model: Decoder, dataset: Dataset, context: Context) -> Record:
         for batch in heldout(model, dataset, domain, context):
             losses = model.token_losses(batch.tokens, batch.targets, batch.cu_seqlens)
             places = Step.full(batch.tokens, batch.cu_seqlens).positions_BT.cpu().numpy()
-            targets = batch.targets.cpu().numpy()
+            inputs, targets = batch.tokens.cpu().numpy(), batch.targets.cpu().numpy()
             valid = targets != IGNORE
             bucket = np.searchsorted(starts, places[valid], side="right") - 1
             nats += np.bincount(bucket, losses.double().cpu().numpy()[valid], len(starts))
-            sizes = dataset.tokenizer.token_bytes[targets[valid]]
+            sizes = dataset.tokenizer.predicted_bytes(inputs[valid], targets[valid])
             num_bytes += np.bincount(bucket, sizes, len(starts))
     seen = num_bytes > 0
     bits = nats[seen] / (math.log(2) * num_bytes[seen])

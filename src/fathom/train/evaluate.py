@@ -124,7 +124,6 @@ def _domain(
 ) -> DocumentSums:
     tokenizer = dataset.tokenizer
     text = dataset.kind(domain) == "text"
-    unit = tokenizer.token_bytes if text else tokenizer.is_symbol.astype(np.int64)
     sums = nats, units, tokens = np.zeros((3, dataset.documents("heldout", domain)))
     device = model.embed.weight.device
     for batch in batches:
@@ -133,8 +132,10 @@ def _domain(
         )
         predicted = (batch.targets != IGNORE).numpy()
         owner = batch.documents.numpy()[predicted]
+        inputs, targets = batch.tokens.numpy()[predicted], batch.targets.numpy()[predicted]
+        unit = tokenizer.predicted_bytes(inputs, targets) if text else tokenizer.is_symbol[targets]
         nats += np.bincount(owner, losses.double().cpu().numpy()[predicted], len(nats))
-        units += np.bincount(owner, unit[batch.targets.numpy()[predicted]], len(nats))
+        units += np.bincount(owner, unit, len(nats))
         tokens += np.bincount(owner, minlength=len(nats))
     layout.sum(torch.from_numpy(sums))  # in place
     read = tokens > 0
