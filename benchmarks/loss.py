@@ -76,7 +76,7 @@ def liger(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(w, x, targets) * len(x)
 
 
-def cut(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+def cce(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
 
     return cut_cross_entropy(x, w, targets, impl="torch_compile") * len(x)
@@ -84,7 +84,7 @@ def cut(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
 
 def others() -> dict[str, Loss]:
     """The peers that can be imported."""
-    known = {"quack": quack, "liger_kernel": liger, "cut_cross_entropy": cut}
+    known = {"quack": quack, "liger_kernel": liger, "cut_cross_entropy": cce}
     return {way.__name__: way for name, way in known.items() if importlib.util.find_spec(name)}
 
 

@@ -98,14 +98,20 @@ def measure(make: Callable[[], Callable[[], None]]) -> dict[str, float]:
     }
 
 
-def ours(case: tuple[int, ...]) -> Callable[[], None]:
-    layer = our_layer(case)
+def routed(layer: MoE) -> Callable[[Tensor], Tensor]:
+    """The layer without its shared experts and its statistics."""
 
-    @torch.compile(fullgraph=True)
-    def function(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         choice = layer.router(x)
         sending = layer.dispatcher.dispatch(x, choice.expert_ids_NK)
         return sending.through(layer.experts, choice.gates_NK)
+
+    return forward
+
+
+def ours(case: tuple[int, ...]) -> Callable[[], None]:
+    layer = our_layer(case)
+    function = torch.compile(routed(layer), fullgraph=True)
 
     def forward(x: Tensor) -> Tensor:
         layer.zero_grad()
@@ -253,13 +259,7 @@ def sweep(machine: Mapping[str, float]) -> None:
         tokens, dim, inner, _, top_k = case
         layer = our_layer(case)
         weights = layer.router.weight, layer.experts.w_gate_up, layer.experts.w_down
-
-        def our_forward(x: Tensor, layer: MoE = layer) -> Tensor:
-            choice = layer.router(x)
-            sending = layer.dispatcher.dispatch(x, choice.expert_ids_NK)
-            return sending.through(layer.experts, choice.gates_NK)
-
-        ways = {"ours": our_forward, "torch": lambda x, w=weights, k=top_k: plain(x, *w, k)}
+        ways = {"ours": routed(layer), "torch": lambda x, w=weights, k=top_k: plain(x, *w, k)}
         found = {
             who: measure(lambda way=way, one=layer, n=tokens: graphed(one, way, n))
             for who, way in ways.items()

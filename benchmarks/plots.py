@@ -1,10 +1,13 @@
 """Draw the plots of ``docs/performance.md`` from the newest records of one GPU.
 
 python benchmarks/plots.py [--device h100]
+
+Blue is ours, grey are the others, dashed is what the machine allows by the same run's limits.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,89 +15,174 @@ import vl_convert
 
 HERE = Path(__file__).parent
 PLOTS = HERE.parent / "docs" / "performance"
-METRICS = {  # benchmark, metric: file, axis
-    ("moe_layer", "fwd_bwd"): ("moe-layer", "TFLOP/s, forward and backward"),
-    ("loss", "ms"): ("loss", "milliseconds, forward and backward"),
-    ("train_step", "tokens_per_second"): ("train-step", "tokens a second"),
-}
+BLUE, GREYS = "#0a5fb4", ["#8a949c", "#b9a15a", "#a56a5c", "#7b8f63", "#9a7ea8"]
+LIMIT = "roofline"
+Record = dict[str, Any]
+Chart = dict[str, Any]
 
 
-def newest(benchmark: str, device: str) -> dict[str, Any] | None:
+def newest(benchmark: str, device: str) -> Record | None:
     files = sorted((HERE / "results").glob(f"{benchmark}-{device}-*.json"))
     return json.loads(files[-1].read_text()) if files else None
 
 
-def bars(record: dict[str, Any], metric: str, axis: str) -> dict[str, Any]:
-    """A group of bars a case: ours first, then the peers."""
+def everyone(line: dict[str, Any]) -> dict[str, float]:
+    return {"ours": line["ours"], **line["peers"]}
+
+
+def bars(record: Record, metric: str, axis: str, *, limited: bool = False) -> Chart:
+    """A group of bars a case: ours first, then the peers; the dashed line is a square product."""
     values = [
         {"case": line["case"], "who": who, "value": value}
         for line in record["rows"]
         if line["metric"] == metric
-        for who, value in {"ours": line["ours"], **line["peers"]}.items()
+        for who, value in everyone(line).items()
     ]
-    return chart(values, axis, colour="who", label="case")
+    return bar_chart(values, axis, record["limits"]["gemm_tflops"] if limited else None)
 
 
-def passes(record: dict[str, Any]) -> dict[str, Any]:
+def passes(record: Record) -> Chart:
     """What every pass of the expert layer takes."""
     values = [
         {"case": case, "who": name, "value": value}
         for case, parts in record["passes"].items()
         for name, value in parts.items()
     ]
-    return chart(values, "milliseconds", colour=None, label="case")
+    return bar_chart(values, "milliseconds", None, columns=3)
 
 
-def chart(
-    values: list[dict[str, Any]], axis: str, *, colour: str | None, label: str
-) -> dict[str, Any]:
-    bar: dict[str, Any] = {
-        "mark": "bar",
+def bar_chart(
+    values: list[dict[str, Any]], axis: str, limit: float | None, *, columns: int = 1
+) -> Chart:
+    y = {"field": "who", "type": "nominal", "sort": None, "title": None}
+    ticks = {"tickCount": 8 // columns}
+    x = {"field": "value", "type": "quantitative", "title": axis, "axis": ticks}
+    text = "format(datum.value, datum.value < 100 ? '.3~g' : ',.0f')"
+    ours = {"test": "datum.who == 'ours'", "value": BLUE}
+    cases = list(dict.fromkeys(value["case"] for value in values))
+    peers = any(value["who"] == "ours" for value in values)
+    colour = {"condition": ours, "value": GREYS[0]} if peers else {"value": BLUE}
+    layers: list[Chart] = [
+        {"mark": "bar", "encoding": {"y": y, "x": x, "color": colour}},
+        {
+            "transform": [{"calculate": text, "as": "label"}],
+            "mark": {"type": "text", "align": "left", "dx": 3},
+            "encoding": {"y": y, "x": x, "text": {"field": "label"}},
+        },
+    ]
+    if limit:
+        dashed = {"type": "rule", "strokeDash": [4, 3], "color": "black"}
+        layers.append({"mark": dashed, "encoding": {"x": {"datum": limit}}})
+    return {
+        "data": {"values": values},
+        "facet": {"field": "case", "type": "nominal", "sort": cases, "title": None},
+        "columns": columns,
+        "spec": {"width": 460 / columns, "height": {"step": 17}, "layer": layers},
+        "resolve": {"scale": {"x": "shared" if limit else "independent", "y": "independent"}},
+    }
+
+
+def growth(record: Record, axes: dict[str, str], metric: str, axis: str) -> Chart:
+    """A line for everyone along each axis; cases are called ``axis-value``."""
+    roofs = record.get("roofline", {})
+    charts = []
+    for name, title in axes.items():
+        values = [
+            {"at": float(case.removeprefix(name)), "who": who, "value": value}
+            for line in record["rows"]
+            if (case := line["case"]).startswith(name) and line["metric"] == metric
+            for who, value in everyone(line).items()
+        ]
+        points = sorted({value["at"] for value in values})
+        square = record["limits"]["gemm_tflops"]
+        values += [
+            {"at": at, "who": LIMIT, "value": roofs.get(f"{name}{at:.0f}", square)} for at in points
+        ]
+        charts.append(line_chart(values, title, axis, points))
+    return {"concat": charts, "columns": 2}
+
+
+def line_chart(values: list[dict[str, Any]], title: str, axis: str, points: list[float]) -> Chart:
+    names = list(dict.fromkeys(value["who"] for value in values))
+    colours = [BLUE, *GREYS[: len(names) - 2], "black"]
+    labels = "datum.value < 1024 ? datum.value : format(datum.value / 1024, '~g') + 'k'"
+    scale = {"type": "log", "base": 2, "domain": [points[0], points[-1]], "nice": False}
+    ticks = {"values": points, "labelExpr": labels, "grid": False}
+    dashes = [[4, 3] if name == LIMIT else [1, 0] for name in names]
+    who = {"field": "who", "type": "nominal", "title": None, "legend": {"symbolType": "stroke"}}
+    return {
+        "data": {"values": values},
+        "width": 250,
+        "height": 170,
+        "mark": {"type": "line", "point": {"size": 22}, "strokeWidth": 1.8},
         "encoding": {
-            "y": {
-                "field": "who",
-                "type": "nominal",
-                "sort": None,
-                "title": None,
-                "axis": {"labelLimit": 400},
+            "x": {
+                "field": "at",
+                "type": "quantitative",
+                "title": title,
+                "scale": scale,
+                "axis": ticks,
             },
-            "x": {"field": "value", "type": "quantitative", "title": axis},
+            "y": {"field": "value", "type": "quantitative", "title": axis},
+            "color": {**who, "scale": {"domain": names, "range": colours}},
+            "strokeDash": {**who, "scale": {"domain": names, "range": dashes}},
         },
     }
-    text = {
-        "mark": {"type": "text", "align": "left", "dx": 3},
-        "encoding": {**bar["encoding"], "text": {"field": "label"}},
-    }
-    short = "format(datum.value, datum.value < 100 ? '.3~g' : ',.0f')"
-    if colour:
-        condition = {"test": "datum.who == 'ours'", "value": "#0a5fb4"}
-        bar["encoding"]["color"] = {"condition": condition, "value": "#9ba7b0"}
-    return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
-        "background": "white",
-        "data": {"values": values},
-        "transform": [{"calculate": short, "as": "label"}],
-        "facet": {"row": {"field": label, "type": "nominal", "sort": None, "title": None}},
-        "spec": {"width": 460, "layer": [bar, text]},
-        "resolve": {"scale": {"x": "independent", "y": "independent"}},
-    }
 
 
-def save(name: str, spec: dict[str, Any]) -> None:
+TFLOPS = "TFLOP/s, forward and backward"
+EXPERTS = {
+    "tokens-": "tokens",
+    "experts-": "experts",
+    "topk-": "experts a token goes to",
+    "dim-": "width of the model; an expert's is half",
+}
+DRAWN: dict[str, tuple[str, Callable[[Record], Chart]]] = {  # file: benchmark, how
+    "train-step": (
+        "train_step",
+        lambda record: bars(record, "tokens_per_second", "tokens a second"),
+    ),
+    "moe-layer": ("moe_layer", lambda record: bars(record, "fwd_bwd", TFLOPS, limited=True)),
+    "moe-layer-passes": ("moe_layer", passes),
+    "moe-layer-growth": (
+        "moe_layer_scaling",
+        lambda record: growth(record, EXPERTS, "fwd_bwd", TFLOPS),
+    ),
+    "loss": ("loss", lambda record: bars(record, "ms", "milliseconds, forward and backward")),
+    "attention": ("attention", lambda record: bars(record, "fwd_bwd", TFLOPS, limited=True)),
+    "attention-growth": (
+        "attention_scaling",
+        lambda record: {
+            "hconcat": [
+                growth(record, {"t": "tokens a row"}, metric, f"TFLOP/s, {title}")
+                for metric, title in (("fwd", "forward"), ("fwd_bwd", "forward and backward"))
+            ]
+        },
+    ),
+    "router": ("router", lambda record: bars(record, "router", "milliseconds")),
+    "optimizer": ("optimizer", lambda record: bars(record, "ms", "milliseconds a step")),
+}
+
+
+def save(name: str, chart: Chart) -> None:
     PLOTS.mkdir(exist_ok=True)
-    (PLOTS / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(spec))
+    look = {
+        "axis": {"titleFontWeight": "normal", "gridColor": "#e8e8e8"},
+        "header": {"labelAnchor": "start", "labelFontWeight": "bold", "labelFontSize": 11},
+        "view": {"stroke": None},
+    }
+    schema = "https://vega.github.io/schema/vega-lite/v5.json"
+    whole = {"$schema": schema, "background": "white", "config": look, **chart}
+    (PLOTS / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(whole))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="h100")
     device = parser.parse_args().device
-    for (benchmark, metric), (name, axis) in METRICS.items():
-        if (record := newest(benchmark, device)) and record["rows"]:
-            save(name, bars(record, metric, axis))
-    record = newest("moe_layer", device)
-    if record and record.get("passes"):
-        save("moe-layer-passes", passes(record))
+    for name, (benchmark, draw) in DRAWN.items():
+        if record := newest(benchmark, device):
+            save(name, draw(record))
 
 
 if __name__ == "__main__":

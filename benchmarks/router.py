@@ -4,10 +4,10 @@
 
 32,768 tokens of 2,048 in bf16, 8 of E experts of 768 (Qwen3-30B's widths), sigmoid scores,
 normalised. "router" is from the tokens to ids and gates and, backward, from the gates' gradient to
-the tokens' and the weight's; "sort" brings the choices into the order of the experts. Each runs as
-a CUDA graph, so that what is timed is the device's work and not the launching, and each as compiled
-as it is in a model. The peer "torch" is a float32 product and ``topk``, compiled; a stable argsort
-and ``searchsorted``. The layer is the whole of ``moe_layer.py``, forward and backward.
+the tokens' and the weight's, compiled as it is in a model; "sort" brings the choices into the order
+of the experts. The peer "torch" is a float32 product and ``topk``, compiled; a stable argsort and
+``searchsorted``. Their shares are of the whole layer, forward and backward. All run as CUDA graphs,
+so that what is timed is the device's work and not the launching.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from moe_layer import measure, our_layer, ours
+from moe_layer import graphed, measure, our_layer, routed
 from records import as_graph, limits, milliseconds, row, spread, write
 from torch import Tensor
 from torch.nn.functional import linear
@@ -48,8 +48,8 @@ def plain_sort(ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
 def rows_of(n_experts: int) -> list[dict[str, object]]:
     case = (TOKENS, DIM, INNER, n_experts, TOP_K)
     torch.compiler.reset()
-    whole = measure(lambda: ours(case))["ms"]
     layer = our_layer(case)
+    whole = measure(lambda: graphed(layer, routed(layer), TOKENS))["ms"]
     x = torch.randn(TOKENS, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = layer.router.weight
     ids = layer.router(x).expert_ids_NK

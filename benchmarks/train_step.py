@@ -2,11 +2,12 @@
 
     python benchmarks/train_step.py [--cases moe-1.25b] [--peers transformers torchtitan] [--eager]
 
-Pure bf16 weights and moments, fused AdamW for all, the same shapes and random tokens; median of 8
-steps after 4. Ours compiles block by block, as ``train.compile`` does; transformers compiles the
-model (its ``grouped_mm`` experts, SDPA); torchtitan its blocks (``torchtitan_peer.py``; left out
-where it cannot be imported), with cuDNN's attention or, ``torchtitan-flex``, its own. A case with
-both peers takes about 100 s, most of it compiling. ``--eager`` adds ours without compiling.
+Pure bf16 weights and moments, AdamW for all (ours as in training, theirs ``fused``), the same shapes
+and random tokens; median of 8 steps after 4. Ours compiles block by block, as ``train.compile``
+does; transformers compiles the model (its ``grouped_mm`` experts, SDPA); torchtitan its blocks
+(``torchtitan_peer.py``; left out where it cannot be imported), with cuDNN's attention or, as
+``torchtitan-flex``, its own. A case with both peers takes about 100 s, most of it compiling.
+``--eager`` adds ours without compiling.
 """
 
 import argparse
@@ -26,12 +27,15 @@ from fathom.model import build_model
 from fathom.presets import preset
 from fathom.settings import override, parse, to_data
 from fathom.sizing.size import size
+from fathom.train.config import TrainConfig
+from fathom.train.optim import Optimizer
 
 CASES = {  # preset, what to change of it, rows, tokens a row
     "moe-1.25b": ("moe-1.25b", (), 8, 2048),
     "v2-lite-8l": ("deepseek-v2-lite", ("groups.1.count=7",), 4, 4096),
     "dense-1b": ("llama-3.2-1b", (), 4, 4096),
 }
+LR = 1e-4
 
 
 def config(name: str) -> ModelConfig:
@@ -41,21 +45,24 @@ def config(name: str) -> ModelConfig:
 
 def our_step(name: str, tokens: torch.Tensor, *, compiled: bool) -> Callable[[], None]:
     model = build_model(config(name), device="cuda", dtype=torch.bfloat16)
+    optimizer = Optimizer(model, TrainConfig(steps=1))
     if compiled:
         for block in model.blocks:
             block.compile(fullgraph=True)
-    targets = tokens.roll(-1, dims=1)
+    targets, skip = tokens.roll(-1, dims=1), torch.zeros((), device="cuda")
 
-    def backward() -> None:
+    def step() -> None:
         losses = model.loss(tokens, targets, denominator=tokens.numel())
         losses.total.backward()
+        optimizer.step(LR, skip)
         model.update_expert_bias([routed.tokens_per_expert for routed in losses.routing])
+        model.zero_grad()
 
-    return with_adamw(model, backward)
+    return step
 
 
 def with_adamw(model: torch.nn.Module, backward: Callable[[], None]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
     def step() -> None:
         backward()
