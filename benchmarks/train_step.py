@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--cases moe-1.25b] [--peers transformers torchtitan] [--eager]
 
-Pure bf16 weights and moments, AdamW for all (ours as in training, theirs ``fused``), the same shapes
-and random tokens; median of 8 steps after 4. Ours compiles block by block, as ``train.compile``
+Pure bf16 weights and moments, AdamW for all (ours as in training, theirs ``fused``), the same
+shapes, random tokens; median of 8 steps after 4. Ours compiles block by block, as ``train.compile``
 does; transformers compiles the model (its ``grouped_mm`` experts, SDPA); torchtitan its blocks
 (``torchtitan_peer.py``; left out where it cannot be imported), with cuDNN's attention or, as
 ``torchtitan-flex``, its own. A case with both peers takes about 100 s, most of it compiling.
