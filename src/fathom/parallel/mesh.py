@@ -40,6 +40,7 @@ class Layout:
         dense: the axes (``replicate``, ``shard``) over which all but the experts are spread.
         experts: the same for the experts of one place of ``ep``.
         ranks: all of them, for what they save together.
+        adds_up: whether the next backward is a step's last, after which copies add up gradients.
     """
 
     def __init__(self, cfg: ParallelConfig, rank: int = 0, device_type: str = "cpu") -> None:
@@ -48,6 +49,7 @@ class Layout:
         self.dense: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
         self.ranks = Ranks()
+        self.adds_up = True
         self.passed = 0  # exchanges that this rank has entered
         if self.world == 1:
             return

@@ -1,8 +1,9 @@
-"""A model spread over the ranks of a layout: experts by ``ep``, everything else by FSDP2.
+"""A model spread over the ranks of a layout: experts by ``ep``, the rest whole or by FSDP2.
 
-FSDP2 (``torch.distributed.fsdp.fully_shard``) gathers a block's parameters before it runs and adds
-up its gradients over the ranks; where every rank has a whole copy it only does the latter. The
-gradients are sums, never means: a rank's loss is divided by the whole step's count of targets.
+FSDP2 (``torch.distributed.fsdp.fully_shard``) cares for what is cut: it gathers a block's
+parameters before it runs and scatters its gradients. Of what a rank holds whole the gradients are
+added up by ``copies.py``. They are sums, never means: a rank's loss is divided by the whole step's
+count of targets.
 
 Every cut is along dim 0: a rank's part of a tensor is a range of its rows.
 """
@@ -10,6 +11,7 @@ Every cut is along dim 0: a rank's part of a tensor is a range of its rows.
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -19,6 +21,7 @@ from fathom.convert.parts import Part, whole
 from fathom.ffn.experts import Experts
 from fathom.model import Decoder, uninitialised
 from fathom.model.init import fill
+from fathom.parallel.copies import Copies
 from fathom.parallel.ep import ExpertParallel
 from fathom.parallel.mesh import Layout, is_expert, is_spread, local
 
@@ -33,6 +36,7 @@ def build_part(
     model = uninitialised(cfg, torch.device("meta"), dtype)
     distribute(model, layout)
     model.to_empty(device=device)
+    Copies(layout, held_whole(model, layout))
     for name, part in model_parts(model, layout).items():
         everything = torch.empty(part.shape, device=device, dtype=part.tensor.dtype)
         fill(name, everything, cfg, seed)
@@ -50,17 +54,33 @@ def distribute(model: Decoder, layout: Layout) -> None:
             fp8, n_experts = layout.cfg.dispatch == "fp8", moe.cfg.n_routed_experts
             moe.dispatcher = ExpertParallel(n_experts, layout.ep_group, fp8=fp8)
             keep_some(moe.experts, n_experts // layout.cfg.ep)
+    if layout.cfg.shard == 1:
+        return
     assert layout.dense is not None
     assert layout.experts is not None
-    alone: set[nn.Parameter] = set()  # of experts that no two ranks hold
+    whole: set[nn.Parameter] = set()
     if layout.cfg.ep > 1:
-        for moe in moes if layout.cfg.dp > 1 else ():
-            _shard(moe.experts, layout.experts)
-        alone = {p for moe in moes if layout.cfg.dp == 1 for p in moe.experts.parameters()}
+        for moe in moes:
+            if layout.cfg.expert_shard > 1:
+                _shard(moe.experts, layout.experts)
+            else:
+                whole |= set(moe.experts.parameters())
     for module in (*model.blocks, *model.mtp, model):
-        _shard(module, layout.dense, alone)
+        _shard(module, layout.dense, whole)
     for method in ("loss", "token_losses"):
         register_fsdp_forward_method(model, method)
+
+
+def held_whole(model: Decoder, layout: Layout) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+    """The parameters that lie whole on several ranks, each with these."""
+    assert layout.dense is not None
+    assert layout.experts is not None
+    found = []
+    for name, param in model.named_parameters():
+        ranks = (layout.experts if is_expert(name, layout) else layout.dense)["replicate"]
+        if not is_spread(param) and ranks.size() > 1:
+            found.append((param, ranks.get_group()))
+    return found
 
 
 def keep_some(experts: Experts, n_experts: int) -> None:

@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 def accumulate(model: nn.Module, layout: Layout, *, last: bool) -> None:
     """Before a backward of several that add up: what of their gradients goes over the wire now.
 
-    Copies are added up once, after the ``last``; parts at once, so that no rank holds them whole.
+    Copies are added up once, in the ``last``; parts at once, so that no rank holds them whole.
     """
     if layout.world == 1:
         return
-    sharded = cast("FSDPModule", model)
-    if layout.cfg.shard == 1:
-        sharded.set_requires_gradient_sync(last)
-    else:
-        sharded.set_requires_all_reduce(last)
+    layout.adds_up = last
+    if layout.cfg.shard > 1:
+        cast("FSDPModule", model).set_requires_all_reduce(last)
 
 
 @contextmanager
