@@ -7,7 +7,7 @@ from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
 from fathom.ops.experts import _experts, experts
-from fathom.ops.permute import sort_by_expert
+from fathom.ops.permute import sort_by_expert, without_last
 from fathom.ops.registry import HAS_TRITON
 
 CASES = {  # N, K, E, D, I
@@ -62,6 +62,22 @@ def test_one_expert_may_get_every_token(impl, agree):
     ids = torch.full((6, 1), 2)
     tensors, _ = layer((6, 1, 4, 8, 8), ids=ids)
     agree(path(impl, ids, 4), token_by_token(ids), tensors)
+
+
+@pytest.mark.parametrize("impl", PATHS)
+def test_a_choice_without_a_row_adds_nothing(impl, agree):
+    tensors, ids = layer(CASES["some"])
+    absent = torch.rand(ids.shape) < 0.4
+    n_rows = ids.numel() - int(absent.sum())
+    found = without_last(sort_by_expert(ids.masked_fill(absent, 5), 6), n_rows)
+
+    def run(*tensors):
+        if impl == "triton":
+            return _experts(*tensors, *found[:3], impl)[0]
+        return experts(*tensors, found, impl=impl)
+
+    every = token_by_token(ids)
+    agree(run, lambda *t: every(*t[:3], t[3].masked_fill(absent, 0.0)), tensors)
 
 
 @pytest.mark.parametrize("impl", PATHS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fathom.ops.permute import combine, gather, gather_sum, sort_by_expert
+from fathom.ops.permute import combine, gather, gather_sum, sort_by_expert, without_last
 
 CASES = {  # N, K, E
     "none": (0, 2, 4),
@@ -72,6 +72,32 @@ def test_combine_is_the_gated_sum_of_a_tokens_rows(case, agree, device):
 
     inputs = torch.randn(ids.numel(), 5, device=device), torch.rand(ids.shape, device=device)
     agree(lambda *a: combine(*a, permutation), by_definition, inputs)
+
+
+def absent_pairs(device):
+    """Choices of 3 experts; those of a fourth have no row."""
+    ids = torch.randint(0, 4, (17, 2), device=device)
+    ids[0], ids[1, 0], ids[1, 1] = 3, 3, 0
+    there = ids.flatten() < 3
+    return ids, there, without_last(sort_by_expert(ids, 4), int(there.sum()))
+
+
+def test_absent_pairs_have_no_row_and_add_nothing(agree, device):
+    ids, there, found = absent_pairs(device)
+    assert len(found.order) == there.sum()
+    assert torch.equal(ids.flatten()[found.order], ids.flatten()[there].sort(stable=True).values)
+    assert found.counts.tolist() == [(ids == expert).sum() for expert in range(3)]
+
+    def rows_of(x):
+        return x.repeat_interleave(2, dim=0)[found.order]
+
+    def sums_of(y, gates):
+        back = torch.zeros_like(y[:1]).repeat(34, 1).index_copy(0, found.order, y)
+        return (back.unflatten(0, (17, 2)) * gates[..., None]).sum(1)
+
+    agree(lambda x: gather(x, found, 2), rows_of, (torch.randn(17, 5, device=device),))
+    inputs = torch.randn(len(found.order), 5, device=device), torch.rand(17, 2, device=device)
+    agree(lambda *a: combine(*a, found), sums_of, inputs)
 
 
 def test_gradients_agree_with_finite_differences():

@@ -13,13 +13,12 @@ from torch.testing import assert_close
 import fathom.parallel.shard  # noqa: F401  here, so that no forked rank has to import it
 from fathom.ffn.dispatch import LocalDispatcher
 from fathom.ffn.experts import Experts
-from fathom.ops.permute import gather, sort_by_expert
 from fathom.parallel.ep import (
     ExpertParallel,
     from_fp8,
     ranks_per_token,
-    to_experts_reference,
     to_fp8,
+    to_ranks_reference,
 )
 from fathom.sizing.parallel import exchange_bytes
 from ranks import on_ranks
@@ -97,16 +96,17 @@ def check_world(world: World) -> None:
 
 def check_arrivals(world: World) -> None:
     """What comes to the experts here against the definition."""
-    n_experts = len(world.experts.w_down)
-    sorts = [sort_by_expert(ids, n_experts) for ids in world.ids]
-    counts = torch.stack([permutation.counts for permutation in sorts])
-    top_k = world.ids[0].shape[1]
-    rows = [gather(x, permutation, top_k) for x, permutation in zip(world.x, sorts, strict=True)]
-    want = to_experts_reference(rows, counts)[dist.get_rank()]
+    rank, n_experts = dist.get_rank(), len(world.experts.w_down)
+    want = to_ranks_reference(world.x, world.ids, n_experts)[rank]
     one = ExpertParallel(n_experts, dist.group.WORLD)
-    sending = one.dispatch(world.x[dist.get_rank()], world.ids[dist.get_rank()])
-    assert torch.equal(sending.arrived().rows_QD, want)
-    assert torch.equal(sending.tokens_per_expert, counts[dist.get_rank()])
+    sending = one.dispatch(world.x[rank], world.ids[rank])
+    came = sending.arrived(world.gates[rank])
+    assert torch.equal(came.x_CD, want)
+    chosen = torch.cat([ids.flatten() for ids in world.ids])
+    counts = [(chosen == expert).sum().item() for expert in range(n_experts)]
+    assert came.choices.counts.tolist() == counts[rank * one.local : (rank + 1) * one.local]
+    mine = [(world.ids[rank] == expert).sum().item() for expert in range(n_experts)]
+    assert sending.tokens_per_expert.tolist() == mine
 
 
 def check_all() -> None:
@@ -141,13 +141,19 @@ def check_bytes(fp8: bool, dtype: torch.dtype) -> None:
     with pytest.MonkeyPatch.context() as patch:
         counter = Counter(patch)
         x = torch.randn(n_tokens, dim, dtype=dtype, requires_grad=True)
-        ids = torch.arange(n_tokens * top_k).view(-1, top_k) % n_experts  # even
+        ids = torch.rand(n_tokens, n_experts).topk(top_k).indices
         one = ExpertParallel(n_experts, dist.group.WORLD, fp8=fp8)
-        sent = one.dispatch(x, ids).arrived()
-        one.combine(sent.rows_QD * 2, torch.ones(n_tokens, top_k), sent).sum().backward()
-    rows = n_tokens * top_k * (ranks - 1) // ranks
-    counts = 8 * n_experts * (ranks - 1) // ranks
-    assert counter.bytes == exchange_bytes(dim, rows, dtype.itemsize, fp8=fp8) + counts
+        experts = Experts(n_experts // ranks, dim, 4).to(dtype)
+        for weight in experts.parameters():
+            weight.data.zero_()
+        one.dispatch(x, ids).through(experts, torch.ones(ids.shape)).sum().backward()
+    reached = ranks_per_token(ids, n_experts, ranks).sum()
+    away = reached - (ids // (n_experts // ranks) == dist.get_rank()).any(1).sum()
+    both = torch.stack([torch.tensor(counter.bytes), away])  # what one sends the other answers
+    dist.all_reduce(both)
+    sent, rows = both.tolist()
+    counts = 16 * ranks * (ranks - 1)
+    assert sent == exchange_bytes(dim, top_k, rows, dtype.itemsize, fp8=fp8) + counts
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["as-they-are", "fp8"])

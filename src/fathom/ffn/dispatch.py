@@ -48,7 +48,7 @@ class Here:
         return self.permutation.counts
 
     def through(self, experts: Experts, gates_NK: Tensor) -> Tensor:
-        return experts.routed(self.x_ND, gates_NK, self.permutation)
+        return experts(self.x_ND, gates_NK, self.permutation)
 
 
 class LocalDispatcher:

@@ -27,7 +27,7 @@ from fathom.ops.grouped_mm import (
     torch_product,
     torch_refusal,
 )
-from fathom.ops.permute import Permutation, combine, gather
+from fathom.ops.permute import Permutation, combine, gather, sort_by_expert, without_last
 from fathom.ops.proof import PROVEN, random, settle
 from fathom.ops.registry import (
     Impl,
@@ -73,7 +73,7 @@ def experts(
         w_gate_up_EGD: ``[E, 2I, D]``, gate rows first.
         w_down_EDI: ``[E, D, I]``.
         gates_NK: weights of the choices, float32 (float64 for float64).
-        permutation: of the choices, by :func:`sort_by_expert`.
+        permutation: of the choices, by :func:`sort_by_expert`; a choice without a row adds nothing.
         impl: which implementation.
 
     Returns:
@@ -124,20 +124,31 @@ def _passes(impl: str, device: torch.device) -> Passes:
     return Passes(permute, swiglu)
 
 
+def row_passes(x: Tensor) -> ModuleType:
+    """``gather_rows`` and ``gather_sum`` for x: kernels if they can and prove right, or PyTorch."""
+    kernels = not triton_refusal(x.device.type, x.dtype)
+    return _passes(PROVEN if kernels else "torch", x.device).rows
+
+
 def _flops(products: int) -> Any:
     """Of the experts' forward (1) or backward (2), which gets one argument more, first."""
 
     def count(*shapes: Sequence[int]) -> int:
-        w_down, gates = shapes[products + 1], shapes[products + 2]
-        return products * 6 * gates[0] * gates[1] * w_down[1] * w_down[2]
+        w_down, order = shapes[products + 1], shapes[products + 3]
+        return products * 6 * order[0] * w_down[1] * w_down[2]
 
     return count
 
 
 def _fake(
-    x_ND: Tensor, w_gate_up_EGD: Tensor, w_down_EDI: Tensor, gates_NK: Tensor, *_: Any
+    x_ND: Tensor,
+    w_gate_up_EGD: Tensor,
+    w_down_EDI: Tensor,
+    gates_NK: Tensor,
+    order_P: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(gates_NK.numel(), w_gate_up_EGD.shape[1])
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(len(order_P), w_gate_up_EGD.shape[1])
 
 
 def _fake_backward(
@@ -257,7 +268,9 @@ def _check(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     scores = random(200, 8, device=device, dtype=torch.float32)
     gates, ids = scores.sigmoid().topk(3)
     ids[:50] = 5  # a ragged load; a token may come to an expert thrice
-    routing = torch_permute.sort_by_expert(ids, 8, impl="torch")[:3]
+    ids[60:90, 1] = 8  # and some choices have no row
+    routing = sort_by_expert(ids, 9, impl="torch")
+    routing = without_last(routing, ids.numel() - 30)[:3]
     exact = Passes(torch_permute, torch_swiglu, grouped_mm_reference, grouped_outer_reference)
     found = []
     for passes, dtype in ((Passes(permute, swiglu), None), (exact, torch.float64)):

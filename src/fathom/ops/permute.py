@@ -18,10 +18,13 @@ PERMUTE = Implementations(op="permute", refusals={"triton": needs_triton, "torch
 
 
 class Permutation(NamedTuple):
-    """Where each pair (token t, choice k), flat index ``t * K + k``, lies in expert order."""
+    """Where each pair (token t, choice k), flat index ``t * K + k``, lies in expert order.
+
+    Of pairs that have no row (:func:`without_last`), ``inverse`` is P or more.
+    """
 
     order: Tensor  # [P] int64: row -> pair; rows of one expert keep the order of their pairs
-    inverse: Tensor  # [P] int64: pair -> row
+    inverse: Tensor  # [N K] int64: pair -> row
     ends: Tensor  # [E] int32: one past each expert's last row
     counts: Tensor  # [E] int64: rows of each expert
 
@@ -38,6 +41,12 @@ def sort_by_expert(expert_ids_NK: Tensor, n_experts: int, *, impl: Impl = "auto"
     if choose(PERMUTE, impl, flat_P) == "triton":
         return Permutation(*_counting_sort(flat_P, n_experts))
     return _radix_sort(flat_P, n_experts)
+
+
+def without_last(permutation: Permutation, n_rows: int) -> Permutation:
+    """Without the rows of the last expert, to which the absent pairs went; ``n_rows`` are left."""
+    order, inverse, ends, counts = permutation
+    return Permutation(order[:n_rows], inverse, ends[:-1], counts[:-1])
 
 
 def _radix_sort(ids_P: Tensor, n_experts: int) -> Permutation:
@@ -82,8 +91,14 @@ def gather_rows(x_ND: Tensor, order_P: Tensor, inverse_P: Tensor, top_k: int) ->
 
 
 def gather_sum(y_PD: Tensor, rows_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:
-    """``out[n] = sum_k gates[n, k] * y[rows[n, k]]``; without gates the plain sum."""
+    """``out[n] = sum_k gates[n, k] * y[rows[n, k]]``; without gates the plain sum.
+
+    A row that y does not have counts as zeros.
+    """
     dtype = wide(y_PD.dtype)
+    if rows_NK.numel() != y_PD.shape[0]:
+        y_PD = torch.cat([y_PD, y_PD.new_zeros(1, y_PD.shape[1])])
+        rows_NK = rows_NK.clamp(max=y_PD.shape[0] - 1)
     gates_NK = None if gates_NK is None else gates_NK.to(dtype)
     if y_PD.device.type == "cpu" and y_PD.dtype == dtype:  # one pass, 6 times faster
         return embedding_bag(rows_NK, y_PD, mode="sum", per_sample_weights=gates_NK)
@@ -110,16 +125,17 @@ class _Gather(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_PD: Tensor, gates_NK: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(y_PD, gates_NK, order, inverse)
+        ctx.save_for_backward(y_PD, gates_NK, order)
         return gather_sum(y_PD, inverse.view(gates_NK.shape), gates_NK)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad_ND,) = grad_outputs
-        y_PD, gates_NK, order, inverse = ctx.saved_tensors
+        y_PD, gates_NK, order = ctx.saved_tensors
         dtype = wide(y_PD.dtype)
         grad_PD = grad_ND.index_select(0, order // gates_NK.shape[1]).to(dtype)
         gates_P = gates_NK.flatten().index_select(0, order).to(dtype)
-        dgates_P = (grad_PD * y_PD).sum(-1).index_select(0, inverse)
+        dgates_P = torch.zeros_like(gates_NK.flatten(), dtype=dtype)
+        dgates_P.index_copy_(0, order, (grad_PD * y_PD).sum(-1))
         dy_PD = grad_PD.mul_(gates_P[:, None]).to(y_PD.dtype)
         return dy_PD, dgates_P.view(gates_NK.shape).to(gates_NK.dtype), None, None

@@ -27,7 +27,8 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient of the activation, which may be overwritten: ``(dh, dgates, a)``.
 
-    ``dgates_P`` is in the order of pairs; ``a`` is :func:`swiglu`'s result once more.
+    ``dgates_P`` is in the order of pairs, 0 for those without a row; ``a`` is :func:`swiglu`'s
+    result once more.
     """
     dtype = wide(h_P2I.dtype)
     gate_PI, up_PI = h_P2I.to(dtype).chunk(2, dim=-1)
@@ -35,7 +36,7 @@ def swiglu_backward(
     da_PI = da_PI.to(dtype)
     silu_PI = silu(gate_PI)
     a_PI = silu_PI * up_PI
-    dgates_P = torch.empty_like(gates_P, dtype=dtype)
+    dgates_P = torch.zeros_like(gates_P, dtype=dtype)
     dgates_P.index_copy_(0, order_P, (da_PI * a_PI).sum(-1))
     da_PI = da_PI.mul_(weight_P1)
     dh_P2I = torch.empty_like(h_P2I, dtype=dtype)

@@ -2,59 +2,71 @@
 
 As DeepSeek-V3 trains (arXiv:2412.19437, section 3.2): rank r of R holds experts ``r E/R`` to
 ``(r+1) E/R - 1``, every rank has its own tokens, and none is dropped, however many an expert gets.
-Counts are exchanged once per layer and forward and read by the host, which must know how much to
-receive; the way back and both gradients reuse them. While they travel the shared experts compute.
+As in DeepEP a token goes to a rank once, however many of its experts are there: with it go its
+gates and choices, and the rank sends back one sum. So a token is routed twice by the same means,
+to ranks and there to experts, and what a rank does with what came is the whole layer of one
+process. Counts are exchanged once per layer and forward and read by the host, which must know how
+much to receive; the way back and the backward reuse them. While they travel the shared experts
+compute.
 
-Shapes: N tokens of this rank, K chosen, P = N K rows that leave, Q rows that come, D model dim,
-R ranks, E experts, L = E / R of them here.
+Shapes: N tokens of this rank, K chosen, D model dim, R ranks, M rows that leave, one for each token
+and rank, C rows that come, E experts, L = E / R of them here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fathom.ffn.experts import Experts
-from fathom.ops.permute import Permutation, combine, gather, sort_by_expert
+from fathom.ops.experts import row_passes
+from fathom.ops.permute import Permutation, sort_by_expert, without_last
 from fathom.ops.registry import autocast
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 TILE = 128  # channels that share an FP8 scale, as in DeepSeek-V3, section 3.3.2
 FP8_MAX = 448.0
 
 
+def eager(function: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Left out of compiled graphs, as it is and with all that it calls."""
+    return cast(Callable[Args, Result], torch.compiler.disable(function))
+
+
 class Route(NamedTuple):
-    """Who sends how many rows to whom, and their order at the experts.
+    """Who sends how many rows to whom.
 
     Args:
+        leaving: of the pairs (token, rank), those whose token has an expert there, by rank.
         sent, received: rows to and from each rank.
-        arrival: the Q rows, which come by sending rank, put in order of their expert.
         group: the ranks.
-        fp8: whether rows travel there as FP8.
+        fp8: whether tokens travel to experts as FP8.
     """
 
+    leaving: Permutation
     sent: list[int]
     received: list[int]
-    arrival: Permutation
     group: dist.ProcessGroup
     fp8: bool
 
 
 class Arrived(NamedTuple):
-    """Rows that came from all ranks, for the experts here, and the way back.
+    """What came from all ranks, for the experts here.
 
     Args:
-        rows_QD: sorted by expert.
-        ends_L: end of each expert's rows.
-        permutation: which of the rows that left here is whose.
-        route: who sent them.
+        x_CD, gates_CK: tokens and their gates, by sending rank.
+        choices: those of their choices that are here, by expert.
+        route: the way back.
     """
 
-    rows_QD: Tensor
-    ends_L: Tensor
-    permutation: Permutation
+    x_CD: Tensor
+    gates_CK: Tensor
+    choices: Permutation
     route: Route
 
 
@@ -63,103 +75,137 @@ class ExpertParallel:
 
     def __init__(self, n_experts: int, group: dist.ProcessGroup, *, fp8: bool = False) -> None:
         self.n_experts, self.group, self.fp8 = n_experts, group, fp8
+        self.local = n_experts // group.size()
         self.lane = Lane()
 
+    @eager
     def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor) -> "Travelling":
-        """Sort the rows by expert and exchange their counts; rows follow when the host has them."""
-        permutation = sort_by_expert(expert_ids_NK, self.n_experts)
-        (rows_PD,) = autocast(gather(x_ND, permutation, expert_ids_NK.shape[1]))  # as experts will
-        sent_RL = permutation.counts.view(self.group.size(), -1)
-        received_RL = torch.empty_like(sent_RL)
-        with self.lane.beside(rows_PD):
-            dist.all_to_all_single(received_RL, sent_RL, group=self.group)
-            totals = torch.stack([sent_RL.sum(1), received_RL.sum(1)])
-            on_host = totals.to("cpu", non_blocking=True)
+        """Exchange how many rows go to each rank; they follow when the host has the counts."""
+        (x_ND,) = autocast(x_ND)  # as experts will
+        ranks = self.group.size()
+        counts_E = sort_by_expert(expert_ids_NK, self.n_experts).counts
+        leaving = self.by_rank(expert_ids_NK)
+        pairs_R = counts_E.view(ranks, -1).sum(1)
+        sent_R2 = torch.stack([leaving.counts[:ranks], pairs_R], dim=1)
+        received_R2 = torch.empty_like(sent_R2)
+        with self.lane.beside(sent_R2):
+            dist.all_to_all_single(received_R2, sent_R2, group=self.group)
+            on_host = torch.stack([sent_R2, received_R2]).to("cpu", non_blocking=True)
             self.lane.mark()
-        return Travelling(self, rows_PD, permutation, received_RL, on_host)
+        return Travelling(self, x_ND, expert_ids_NK, counts_E, leaving, on_host)
 
-    def combine(self, rows_PD: Tensor, gates_NK: Tensor, sent: Arrived) -> Tensor:
-        """Send the answers back, and sum each token's by its gates."""
-        return combine(_FromExperts.apply(rows_PD, sent.route), gates_NK, sent.permutation)
+    def by_rank(self, expert_ids_NK: Tensor) -> Permutation:
+        """Pairs (token, rank) sorted by rank, those without an expert there at the end."""
+        ranks = self.group.size()
+        each_R = torch.arange(ranks, device=expert_ids_NK.device)
+        here_NR = (expert_ids_NK[..., None] // self.local == each_R).any(1)
+        return sort_by_expert(torch.where(here_NR, each_R, ranks), ranks + 1)
+
+    def arrange(self, ids_CK: Tensor, n_pairs: int) -> Permutation:
+        """The choices of what came by expert; ``n_pairs`` of them are here."""
+        mine_CK = ids_CK - self.group.rank() * self.local
+        here_CK = (mine_CK >= 0) & (mine_CK < self.local)
+        choices = sort_by_expert(torch.where(here_CK, mine_CK, self.local), self.local + 1)
+        return without_last(choices, n_pairs)
 
 
 class Travelling(NamedTuple):
-    """Rows whose counts are on their way to the host."""
+    """Tokens whose counts are on their way to the host."""
 
     by: ExpertParallel
-    rows_PD: Tensor
-    permutation: Permutation
-    received_RL: Tensor
+    x_ND: Tensor
+    expert_ids_NK: Tensor
+    counts_E: Tensor
+    leaving: Permutation
     on_host: Tensor
 
     @property
     def tokens_per_expert(self) -> Tensor:
         """int64 ``[E]``, of the tokens that left here."""
-        return self.permutation.counts
+        return self.counts_E
 
+    @eager
     def through(self, experts: Experts, gates_NK: Tensor) -> Tensor:
-        """The experts' answers to all that came, back and summed by the gates: ``[N, D]``."""
-        sent = self.arrived()
-        rows_QD = experts(sent.rows_QD, sent.ends_L)
-        return self.by.combine(rows_QD, gates_NK, sent)
+        """Each token through its experts, wherever they are, weighted and summed: ``[N, D]``."""
+        came = self.arrived(gates_NK)
+        sums_CD = experts(came.x_CD, came.gates_CK, came.choices)
+        return _FromExperts.apply(sums_CD, came.route)
 
-    def arrived(self) -> Arrived:
-        """Send the rows and take in those for the experts here, sorted by expert."""
-        lane = self.by.lane
+    def arrived(self, gates_NK: Tensor) -> Arrived:
+        """Send the tokens, and take in those for the experts here."""
+        by, lane = self.by, self.by.lane
         lane.wait_for_mark()
-        sent, received = self.on_host.tolist()
-        with lane.beside(self.rows_PD):
-            arrival = order_of_arrival(self.received_RL, sum(received))
-            route = Route(sent, received, arrival, self.by.group, self.by.fp8)
-            rows_QD = _ToExperts.apply(self.rows_PD, route)
-        lane.join(rows_QD, *arrival)
-        return Arrived(rows_QD, arrival.ends, self.permutation, route)
-
-
-def order_of_arrival(received_RL: Tensor, n_rows: int) -> Permutation:
-    """How rows that come by rank, of each rank by expert, are sorted by expert."""
-    ranks, local = received_RL.shape
-    experts_RL = torch.arange(local, device=received_RL.device).expand(ranks, -1)
-    ids_Q = experts_RL.reshape(-1).repeat_interleave(received_RL.flatten(), output_size=n_rows)
-    return sort_by_expert(ids_Q[:, None], local)
+        (sent, _), (received, pairs) = self.on_host.mT.tolist()
+        route = Route(without_last(self.leaving, sum(sent)), sent, received, by.group, by.fp8)
+        with lane.beside(self.x_ND, gates_NK, self.expert_ids_NK, *self.leaving):
+            x_CD, gates_CK, ids_CK = _ToExperts.apply(
+                self.x_ND, gates_NK, self.expert_ids_NK, route
+            )
+            choices = by.arrange(ids_CK, sum(pairs))
+        lane.join(x_CD, gates_CK, *choices)
+        return Arrived(x_CD, gates_CK, choices, route)
 
 
 class _ToExperts(torch.autograd.Function):
-    """Rows to the ranks of their experts, and into the order of the experts there."""
+    """Tokens, gates and choices to the ranks of the experts: ``[C, D]``, ``[C, K]`` twice."""
 
     @staticmethod
-    def forward(ctx: Any, rows_PD: Tensor, route: Route) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, gates_NK: Tensor, ids_NK: Tensor, route: Route
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.route = route
+        rows_MD = leave(x_ND, route)
         if route.fp8:
-            packed = all_to_all(to_fp8(rows_PD), route.received, route.sent, route.group)
-            came_QD = from_fp8(packed, rows_PD.shape[1], rows_PD.dtype)
+            packed = there(to_fp8(rows_MD), route)
+            x_CD = from_fp8(packed, x_ND.shape[1], x_ND.dtype)
         else:
-            came_QD = all_to_all(rows_PD, route.received, route.sent, route.group)
-        return came_QD.index_select(0, route.arrival.order)
+            x_CD = there(rows_MD, route)
+        chosen_NJ = torch.cat([gates_NK, ids_NK.to(gates_NK.dtype)], dim=1)  # J = 2 K
+        gates_CK, ids_CK = there(leave(chosen_NJ, route), route).chunk(2, dim=1)
+        ids_CK = ids_CK.long()
+        ctx.mark_non_differentiable(ids_CK)
+        return x_CD, gates_CK.contiguous(), ids_CK
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return _send_back(grad_outputs[0], ctx.route), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx_CD, dgates_CK, _ = grad_outputs
+        dx_ND = come_home(back(dx_CD, ctx.route), ctx.route)
+        return dx_ND, come_home(back(dgates_CK, ctx.route), ctx.route), None, None
 
 
 class _FromExperts(torch.autograd.Function):
-    """The way back: each is the other's gradient."""
+    """The sums of each rank back to the ranks of the tokens, and added up there: ``[N, D]``."""
 
     @staticmethod
-    def forward(ctx: Any, rows_QD: Tensor, route: Route) -> Tensor:
+    def forward(ctx: Any, sums_CD: Tensor, route: Route) -> Tensor:
         ctx.route = route
-        return _send_back(rows_QD, route)
+        return come_home(back(sums_CD, route), route)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        route = ctx.route
-        came_QD = all_to_all(grad_outputs[0], route.received, route.sent, route.group)
-        return came_QD.index_select(0, route.arrival.order), None
+        return there(leave(grad_outputs[0], ctx.route), ctx.route), None
 
 
-def _send_back(rows_QD: Tensor, route: Route) -> Tensor:
-    rows_QD = rows_QD.index_select(0, route.arrival.inverse)
-    return all_to_all(rows_QD, route.sent, route.received, route.group)
+def leave(x_ND: Tensor, route: Route) -> Tensor:
+    """A row for each rank that a token goes to: ``[M, D]``."""
+    order_M, inverse_P, *_ = route.leaving
+    return row_passes(x_ND).gather_rows(x_ND, order_M, inverse_P, route.group.size())
+
+
+def come_home(rows_MD: Tensor, route: Route) -> Tensor:
+    """The sum of a token's rows: ``[N, D]``."""
+    rows_NR = route.leaving.inverse.view(-1, route.group.size())
+    return row_passes(rows_MD).gather_sum(rows_MD, rows_NR)
+
+
+def there(rows_MD: Tensor, route: Route) -> Tensor:
+    """Rows to the ranks for which they are: ``[C, D]``."""
+    return all_to_all(rows_MD, route.received, route.sent, route.group)
+
+
+def back(rows_CD: Tensor, route: Route) -> Tensor:
+    """Rows to the ranks from which they came: ``[M, D]``."""
+    return all_to_all(rows_CD, route.sent, route.received, route.group)
 
 
 def all_to_all(
@@ -171,17 +217,22 @@ def all_to_all(
     return out
 
 
-def to_experts_reference(rows: Sequence[Tensor], counts_RE: Tensor) -> list[Tensor]:
-    """The definition in one process: what each rank's experts get of what all ranks send.
+def to_ranks_reference(
+    x: Sequence[Tensor], expert_ids: Sequence[Tensor], n_experts: int
+) -> list[Tensor]:
+    """The definition in one process: the tokens that each rank gets of all ranks' tokens.
 
     Args:
-        rows: of every rank, sorted by expert.
-        counts_RE: how many of rank r's rows are for expert e.
+        x: of every rank, ``[N, D]``.
+        expert_ids: of every rank, ``[N, K]``.
+        n_experts: E.
     """
-    ranks, experts = counts_RE.shape
-    pieces = [part.split(counts.tolist()) for part, counts in zip(rows, counts_RE, strict=True)]
-    wanted = torch.arange(experts).view(ranks, -1).tolist()
-    return [torch.cat([pieces[r][e] for e in mine for r in range(ranks)]) for mine in wanted]
+    ranks = len(x)
+    reached = [ids // (n_experts // ranks) for ids in expert_ids]
+    return [
+        torch.cat([x_ND[(to_NK == rank).any(1)] for x_ND, to_NK in zip(x, reached, strict=True)])
+        for rank in range(ranks)
+    ]
 
 
 def to_fp8(rows_PD: Tensor) -> Tensor:

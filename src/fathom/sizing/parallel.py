@@ -2,9 +2,9 @@
 
 Memory follows the rule of ``sizing/memory.py``. Bytes are those that one rank sends:
 
-* ``ep``: a row of D numbers for each (token, choice) pair whose expert is on another rank, by even
-  routing ``K (ep - 1) / ep`` a token and MoE layer: there, back, and both ways again in the
-  backward; and before that the counts, 8 bytes per expert;
+* ``ep``: a row of D numbers for each other rank on which a token has experts, there, back, and both
+  ways again in the backward; with it K gates and choices, and K gradients of gates back; before
+  that two counts for each rank. Of even routing the expected number of rows;
 * a copy that ``s`` ranks share: its parameters gathered before the forward and again before the
   backward, its gradients scattered, ``(s - 1) / s`` of it each time, in every micro-batch;
 * ``r`` copies: their gradients added up, ``2 (r - 1) / r`` of a copy's part once a step (a ring).
@@ -116,10 +116,27 @@ def expert_params(model: ModelConfig) -> int:
     )
 
 
-def exchange_bytes(dim: int, rows: int, itemsize: int, *, fp8: bool) -> int:
+def exchange_bytes(dim: int, top_k: int, rows: int, itemsize: int, *, fp8: bool) -> int:
     """Of ``rows`` that leave in one MoE layer: there and back, forward and backward."""
     there = dim + 4 * math.ceil(dim / TILE) if fp8 else dim * itemsize
-    return rows * (there + 3 * dim * itemsize)
+    return rows * (there + 3 * dim * itemsize + 3 * WIDE * top_k)
+
+
+def ranks_reached(moe: MoEConfig, ep: int) -> float:
+    """On how many of ``ep`` ranks a token has experts, if every allowed choice is as likely.
+
+    Neighbouring experts are on one rank and in one group; of the groups a token keeps
+    ``n_limited_groups``, and chooses among their experts.
+    """
+    local, group = moe.n_routed_experts // ep, moe.n_routed_experts // moe.n_expert_groups
+    mine, size = max(local // group, 1), min(local, group)  # groups of which a rank has a part
+    others, kept = moe.n_expert_groups - mine, moe.n_limited_groups
+    none = 0.0
+    for here in range(min(mine, kept) + 1):
+        of_groups = math.comb(mine, here) * math.comb(others, kept - here)
+        elsewhere = math.comb(kept * group - here * size, moe.top_k)
+        none += of_groups * elsewhere / math.comb(kept * group, moe.top_k)
+    return ep * (1 - none / math.comb(moe.n_expert_groups, kept))
 
 
 def _memory(model: ModelConfig, layout: ParallelConfig, held: int, n_tokens: int) -> RankMemory:
@@ -166,10 +183,10 @@ def _wire(
 ) -> Wire:
     exchange = 0
     for count, moe in moes(model):
-        rows = n_tokens * moe.top_k * (layout.ep - 1) // layout.ep
-        counts = 8 * moe.n_routed_experts * (layout.ep - 1) // layout.ep
-        fp8 = layout.dispatch == "fp8"
-        exchange += count * (exchange_bytes(model.dim, rows, itemsize, fp8=fp8) + counts)
+        rows = round(n_tokens * ranks_reached(moe, layout.ep) * _others(layout.ep))
+        counts, fp8 = 16 * (layout.ep - 1), layout.dispatch == "fp8"
+        sent = exchange_bytes(model.dim, moe.top_k, rows, itemsize, fp8=fp8)
+        exchange += count * (sent + counts)
     root = _root_params(model)
     local = experts // layout.ep
     others, expert_others = _others(layout.shard), _others(layout.expert_shard)

@@ -56,3 +56,14 @@ def test_tokens_with_strides_of_their_own_are_gathered(device):
     for odd in (x.T.contiguous().T, x[:1].expand(6, 8), torch.cat([x, x], dim=1)[:, 3:11]):
         rows = kernels.gather_rows(odd, order, inverse, 2)
         assert torch.equal(rows, permute.gather_rows(odd, order, inverse, 2))
+
+
+def test_pairs_without_a_row_are_not_written_and_count_as_zeros(device):
+    ids = torch.tensor([[0, 3], [3, 3], [1, 0], [2, 1]], device=device)
+    order, inverse, *_ = permute.without_last(permute.sort_by_expert(ids, 4), 5)
+    x = torch.randn(4, 8, device=device)
+    rows = kernels.gather_rows(x, order, inverse, 2)
+    assert torch.equal(rows, x[order // 2])
+    assert torch.equal(
+        kernels.gather_sum(rows, inverse.view(4, 2)), x * x.new_tensor([[1], [0], [2], [2]])
+    )

@@ -16,7 +16,7 @@ def sorting():
 
 
 def gathering():
-    types = {"width": "i32:16", "TOP_K": 8, "BLOCK": 1024}
+    types = {"rows": "i32", "width": "i32:16", "TOP_K": 8, "BLOCK": 1024}
     one = {"x_ND": "*bf16", "rows_PD": "*bf16", "inverse_P": "*i64"}
     other = {"y_PD": "*bf16", "out_ND": "*bf16", "rows_NK": "*i64"}
     yield Source(HERE + "permute:_gather", types | one)

@@ -16,7 +16,7 @@ from torch import Tensor
 SORT_BLOCK = 256  # pairs of a tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles"])
 def _count(ids_P, counts_ET, pairs, experts, tiles, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     tile = tl.program_id(0)
     pair = tile * BLOCK + tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def _count(ids_P, counts_ET, pairs, experts, tiles, BLOCK: tl.constexpr, BLOCK_E
         tl.store(counts_ET + expert * tiles + tile, count, mask=expert < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles"])
 def _place(
     ids_P,
     counts_ET,
@@ -100,26 +100,29 @@ def sort_by_expert(ids_P: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tenso
     return order, inverse, ends, counts
 
 
-@triton.jit
-def _gather(x_ND, rows_PD, inverse_P, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _gather(x_ND, rows_PD, inverse_P, rows, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(x_ND + token * width + column, mask=inside)
     for k in tl.static_range(TOP_K):
         row = tl.load(inverse_P + token * TOP_K + k)
-        tl.store(rows_PD + row * width + column, x, mask=inside)
+        end = tl.where(row < rows, width, 0)
+        tl.store(rows_PD + row * width + column, x, mask=column < end)
 
 
-@triton.jit
-def _gather_sum(y_PD, out_ND, rows_NK, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _gather_sum(y_PD, out_ND, rows_NK, rows, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(rows_NK + token * TOP_K + k)
-        total += tl.load(y_PD + row * width + column, mask=inside).to(tl.float32)
+        end = tl.where(row < rows, width, 0)
+        y = tl.load(y_PD + row * width + column, mask=column < end, other=0.0)
+        total += y.to(tl.float32)
     tl.store(out_ND + token * width + column, total.to(out_ND.dtype.element_ty), mask=inside)
 
 
@@ -130,12 +133,13 @@ def column_block(width: int) -> int:
 
 def gather_rows(x_ND: Tensor, order_P: Tensor, inverse_P: Tensor, top_k: int) -> Tensor:
     """Each token's row at its ``top_k`` places in expert order; a row is read once."""
-    tokens, width = x_ND.shape
-    rows_PD = x_ND.new_empty(tokens * top_k, width)
+    (tokens, width), rows = x_ND.shape, order_P.shape[0]
+    rows_PD = x_ND.new_empty(rows, width)
     block = column_block(width)
     if rows_PD.numel():
         grid = (tokens, triton.cdiv(width, block))
-        _gather[grid](x_ND.contiguous(), rows_PD, inverse_P, width, TOP_K=top_k, BLOCK=block)
+        tensors = (x_ND.contiguous(), rows_PD, inverse_P)
+        _gather[grid](*tensors, rows, width, TOP_K=top_k, BLOCK=block)
     return rows_PD
 
 
@@ -144,12 +148,12 @@ def gather_sum(y_PD: Tensor, rows_NK: Tensor) -> Tensor:
 
     Args:
         y_PD: contiguous.
-        rows_NK: contiguous.
+        rows_NK: contiguous; a row that y does not have counts as zeros.
     """
-    (tokens, top_k), width = rows_NK.shape, y_PD.shape[1]
+    (tokens, top_k), (rows, width) = rows_NK.shape, y_PD.shape
     out_ND = y_PD.new_empty(tokens, width)
     block = column_block(width)
     if out_ND.numel():
         grid = (tokens, triton.cdiv(width, block))
-        _gather_sum[grid](y_PD, out_ND, rows_NK, width, TOP_K=top_k, BLOCK=block)
+        _gather_sum[grid](y_PD, out_ND, rows_NK, rows, width, TOP_K=top_k, BLOCK=block)
     return out_ND

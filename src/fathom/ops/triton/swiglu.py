@@ -11,7 +11,7 @@ from torch import Tensor
 ROWS, COLUMNS = 16, 128  # of a tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(h_P2I, gates_P, order_P, a_PI, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -26,7 +26,7 @@ def _forward(h_P2I, gates_P, order_P, a_PI, rows, width, ROWS: tl.constexpr, COL
     tl.store(to, a.to(a_PI.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     h_P2I,
     gates_P,
@@ -79,10 +79,14 @@ def swiglu(h_P2I: Tensor, gates_P: Tensor, order_P: Tensor) -> Tensor:
 def swiglu_backward(
     h_P2I: Tensor, gates_P: Tensor, order_P: Tensor, da_PI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dh, dgates, a)``, dgates float32; ``a``, the gated activation, overwrites ``da``."""
+    """``(dh, dgates, a)``, dgates float32; ``a``, the gated activation, overwrites ``da``.
+
+    The gates of pairs that have no row get a gradient of 0.
+    """
     gates_P, (rows, width) = gates_P.contiguous(), da_PI.shape
     dh_P2I = torch.empty_like(h_P2I)
-    dgates_P = gates_P.new_empty(gates_P.shape, dtype=torch.float32)
+    fill = torch.empty_like if gates_P.shape[0] == rows else torch.zeros_like
+    dgates_P = fill(gates_P, dtype=torch.float32)
     if da_PI.numel():
         grid = (triton.cdiv(rows, ROWS),)
         tensors = (h_P2I, gates_P, order_P, da_PI, dh_P2I, dgates_P)
