@@ -1,13 +1,16 @@
 """A training step on several GPUs: data and expert parallelism against one GPU of the same machine.
 
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py [--out DIR] [--cases moe-1.25b]
+        [--layouts dp2 fsdp2 ep2 ep2-fsdp2] [--strong] [--eager]
 
-Without GPUs ``--cases tiny-deepseek`` shows that it runs.
+Without GPUs ``--cases tiny-deepseek --eager`` shows that it runs.
 
-Weak scaling keeps the rows per GPU, strong scaling the rows in all; the peer ``one GPU`` takes the
-step alone in the same run, times the number of GPUs. Pure bf16, AdamW and clipping as in training.
-The exchange's share is of the time in which the GPU sends tokens; what is exposed is the part of it
-in which nothing else runs. Its bandwidth stands beside that of an all-to-all of large equal parts.
+Weak scaling keeps the rows per GPU, strong scaling (``--strong``) the rows in all; the peer ``one
+GPU`` takes the step alone in the same run, times the number of GPUs. Blocks are compiled, as
+``train.compile`` does, unless ``--eager``; pure bf16, AdamW and clipping as in training. One step
+of each layout is profiled: the share of its time in which the GPU idles, in which it sends tokens,
+and of that the part in which nothing else runs. The exchange's bandwidth stands beside that of an
+all-to-all of large equal parts.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from fathom.parallel.step import accumulate
 from fathom.presets import preset
 from fathom.sizing.parallel import parallel_size
 from fathom.train.config import TrainConfig
+from fathom.train.metrics import Sums
 from fathom.train.optim import Optimizer, clip_gradients
 
 ROWS = {"moe-1.25b": (8, 2048), "v2-lite-8l": (4, 4096), "tiny-deepseek": (4, 64)}  # a GPU's, long
@@ -58,10 +62,13 @@ def layouts(world: int) -> dict[str, ParallelConfig]:
     return found
 
 
-def make_step(case: str, rows: int, layout: Layout) -> Callable[[], None]:
+def make_step(case: str, rows: int, layout: Layout, *, compiled: bool) -> Callable[[], None]:
     """A whole optimizer step of this rank's ``rows``."""
     cfg, device = shape(case), torch.empty(0, device=DEVICE).device
     model = build(cfg, layout, seed=0, device=device, dtype=torch.bfloat16)
+    torch.compiler.reset()
+    for block in model.blocks if compiled else ():
+        block.compile()
     optimizer = Optimizer(model, TrainConfig(steps=1), layout)
     draw = torch.Generator(device).manual_seed(layout.rank)
     tokens = torch.randint(cfg.vocab_size, (rows, ROWS[case][1]), device=device, generator=draw)
@@ -70,47 +77,49 @@ def make_step(case: str, rows: int, layout: Layout) -> Callable[[], None]:
 
     def step() -> None:
         accumulate(model, layout, last=True)
+        sums = Sums()
         losses = model.loss(tokens, targets, denominator=count, share=1 / layout.world)
         losses.total.backward()
+        sums.add(losses)
+        sums.over_ranks(layout)
         clip_gradients(model, 1.0, layout)
         optimizer.step(1e-4, skip)
-        counts = [routed.tokens_per_expert for routed in losses.routing]
-        model.update_expert_bias([layout.sum(count) for count in counts])
+        model.update_expert_bias(sums.counts)
         model.zero_grad(set_to_none=True)
 
     return step
 
 
-def measure(case: str, rows: int, layout: Layout, *, profiled: bool = False) -> dict[str, float]:
-    """Tokens per second of all ranks, memory of this one, and the exchange's part of a step."""
+def measure(case: str, rows: int, layout: Layout, *, compiled: bool) -> dict[str, float]:
+    """Tokens per second of all ranks, memory of this one, and what one step's time is spent on."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    step = make_step(case, rows, layout)
-    times = milliseconds(step, repeats=6, warmup=3)
+    step = make_step(case, rows, layout, compiled=compiled)
+    times = milliseconds(step, repeats=8, warmup=4)
     tokens = rows * ROWS[case][1] * layout.world
     found = {
         "tokens_per_second": tokens / statistics.median(times) * 1e3,
         "spread": spread(times),
-        "gb": torch.cuda.max_memory_allocated() / 1e9,
+        "gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0,
     }
-    if profiled:
-        found |= exchange_of(step, statistics.median(times))
-    return found
+    return found | (shares_of(step, statistics.median(times)) if DEVICE == "cuda" else {})
 
 
-def exchange_of(step: Callable[[], None], ms: float) -> dict[str, float]:
-    """Shares of a step of ``ms`` in which tokens travel, and in which only they do."""
+def shares_of(step: Callable[[], None], ms: float) -> dict[str, float]:
+    """Of a step of ``ms``: nothing runs, tokens travel, only tokens travel; and ``us`` of them."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
     kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     sends = [(e.time_range.start, e.time_range.end) for e in kernels if EXCHANGE in e.name]
     other = [(e.time_range.start, e.time_range.end) for e in kernels if "nccl" not in e.name]
+    busy = covered((e.time_range.start, e.time_range.end) for e in kernels)
     sending = covered(sends)
     exposed = covered([*sends, *other]) - covered(other)
     return {
+        "idle_share": max(1 - busy / 1e3 / ms, 0.0),
         "exchange_share": sending / 1e3 / ms,
         "exposed_share": exposed / 1e3 / ms,
         "us": sending,
@@ -134,71 +143,66 @@ def all_to_all_gb_per_s(layout: Layout, mib: int = 256) -> float:
     return rows.numel() * (layout.world - 1) / layout.world / statistics.median(times) / 1e6
 
 
-def compare(
-    case: str, alone: dict[str, float], layout: Layout, name: str, machine: dict[str, float]
+def weak(
+    case: str,
+    alone: dict[str, float],
+    ours: dict[str, float],
+    layout: Layout,
+    name: str,
+    limit: float,
 ) -> list[dict[str, Any]]:
-    """The rows of one layout: weak and strong scaling, memory, the exchange."""
-    per_gpu, length = ROWS[case]
-    weak = measure(case, per_gpu, layout, profiled=layout.cfg.ep > 1 and DEVICE == "cuda")
-    rows = []
+    """The rows of one layout: speed, memory, and where its time goes."""
+    of, (per_gpu, length) = f"{case}-{name}", ROWS[case]
     ideal = {f"one GPU x {layout.world}": layout.world * alone["tokens_per_second"]}
-    of = f"{case}-{name}"
-    speed = weak["tokens_per_second"]
-    rows.append(
-        row(f"{of}-weak", "tokens_per_second", "tokens/s", speed, ideal, spread=weak["spread"])
-    )
-    rows.append(
-        row(
-            f"{of}-weak",
-            "peak_memory",
-            "GB",
-            weak["gb"],
-            {"one GPU": alone["gb"]},
-            higher_is_better=False,
-        )
-    )
-    if "us" in weak:
-        rows += [
-            row(of, key, "share of step", weak[key], {})
-            for key in ("exchange_share", "exposed_share")
-        ]
+    speed, gb = ours["tokens_per_second"], {"one GPU": alone["gb"]}
+    rows = [
+        row(f"{of}-weak", "tokens_per_second", "tokens/s", speed, ideal, spread=ours["spread"]),
+        row(f"{of}-weak", "peak_memory", "GB", ours["gb"], gb, higher_is_better=False),
+    ]
+    exchanged = ("exchange_share", "exposed_share") if layout.cfg.ep > 1 else ()
+    for key in ("idle_share", *exchanged) if "us" in ours else ():
+        rows.append(row(of, key, "share of step", ours[key], {}))
+    if exchanged and ours.get("us"):
         sent = parallel_size(shape(case), layout.cfg, n_tokens=per_gpu * length)["wire"]["exchange"]
-        limit = {"large equal parts": machine["all_to_all_gb_per_s"]}
-        rate = sent / max(weak["us"], 1) / 1e3
-        rows.append(row(of, "exchange_rate", "GB/s", rate, limit))
-    if per_gpu % layout.world == 0:
-        strong = measure(case, per_gpu // layout.world, layout)
-        speed = strong["tokens_per_second"]
-        rows.append(
-            row(
-                f"{of}-strong",
-                "tokens_per_second",
-                "tokens/s",
-                speed,
-                ideal,
-                spread=strong["spread"],
-            )
-        )
+        rate = sent / ours["us"] / 1e3
+        rows.append(row(of, "exchange_rate", "GB/s", rate, {"large equal parts": limit}))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="*", default=list(ROWS)[:2])
+    parser.add_argument("--layouts", nargs="*")
+    parser.add_argument("--strong", action="store_true")
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--out")
-    cases = parser.parse_args().cases
+    chosen = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    world = int(os.environ["WORLD_SIZE"])
-    rows = []
+    world, rows = int(os.environ["WORLD_SIZE"]), []
+    how = {"compiled": not chosen.eager}
     with started(ParallelConfig(dp=world), "auto") as whole:
         machine = limits()
-        machine["all_to_all_gb_per_s"] = all_to_all_gb_per_s(whole)
-        for case in cases:
-            alone = measure(case, ROWS[case][0], ALONE)  # every GPU for itself, at once
-            for name, cfg in layouts(world).items():
-                rows += compare(case, alone, Layout(cfg, whole.rank, DEVICE), name, machine)
-                if whole.leads:
-                    write("expert_parallel", rows, machine, gpus=world)
+        limit = machine["all_to_all_gb_per_s"] = all_to_all_gb_per_s(whole)
+
+        def record(*new: dict[str, Any]) -> None:
+            rows.extend(new)
+            if whole.leads:
+                write("expert_parallel", rows, machine, gpus=world, **how)
+
+        found = {n: c for n, c in layouts(world).items() if n in (chosen.layouts or layouts(world))}
+        for case in chosen.cases:
+            per_gpu = ROWS[case][0]
+            alone = measure(case, per_gpu, ALONE, **how)  # every GPU for itself, at once
+            unit, speed = "tokens/s", alone["tokens_per_second"]
+            record(row(f"{case}-one", "tokens_per_second", unit, speed, {}, spread=alone["spread"]))
+            for name, cfg in found.items():
+                layout = Layout(cfg, whole.rank, DEVICE)
+                ours = measure(case, per_gpu, layout, **how)
+                record(*weak(case, alone, ours, layout, name, limit))
+            for name, cfg in found.items() if chosen.strong and per_gpu % world == 0 else ():
+                ours = measure(case, per_gpu // world, Layout(cfg, whole.rank, DEVICE), **how)
+                ideal, got = {f"one GPU x {world}": world * speed}, ours["tokens_per_second"]
+                record(row(f"{case}-{name}-strong", "tokens_per_second", unit, got, ideal))
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def clip_gradients(model: nn.Module, highest: float, layout: Layout) -> Tensor:
     norm = layout.sum(torch.stack(squares).sum()).sqrt()
     if highest:
         factor = (highest / (norm + 1e-6)).clamp(max=1.0)
-        for grad in (grad for grads in by_copies.values() for grad in grads):
-            grad.mul_(factor)
+        for grads in by_copies.values():
+            torch._foreach_mul_(grads, factor)  # pyright: ignore
     return norm
 
 
