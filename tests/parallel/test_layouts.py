@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fathom.config import ParallelConfig
 from fathom.data.dataset import Dataset
@@ -53,6 +54,22 @@ def alone(make_config, train64, tmp_path_factory) -> torch.Tensor:
 def test_twenty_steps_in_float64_are_those_of_one_process(layout, alone, make_config, train64):
     got = train64(make_config(*LAYOUTS[layout]))
     torch.testing.assert_close(got, alone, rtol=1e-10, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "ep2-shard2"])
+def test_compiled_blocks_leave_the_exchange_out_and_train_the_same(
+    layout, alone, make_config, train64, monkeypatch
+):
+    def complain(_: loop.Reporter, sentence: str) -> None:
+        raise AssertionError(sentence)  # that blocks could not be compiled
+
+    compiling = nn.Module.compile
+    monkeypatch.setattr(loop.Reporter, "notice", complain)
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compiling(block, backend="aot_eager"))
+    cfg = make_config("train.compile=true", "train.steps=20", *LAYOUTS[layout])
+    got = train64(cfg, stop_at=2)
+    torch.testing.assert_close(got, alone[:2], rtol=1e-10, atol=0)
 
 
 def in_full_precision(x: torch.Tensor) -> torch.Tensor:
