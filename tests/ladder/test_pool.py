@@ -3,11 +3,12 @@
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from fathom.ladder.pool import Failed, Pool
+from fathom.ladder.pool import Failed, Pool, choose
 
 TASKS = """
 import os, signal
@@ -18,6 +19,7 @@ from pathlib import Path
 class Do:
     file: Path
     what: str
+    arm: str = "a"
     key: str = "k"
 
     def run(self):
@@ -40,7 +42,9 @@ def do(tmp_path, monkeypatch):
     (tmp_path / "pool_tasks.py").write_text(TASKS)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("pool_tasks")
-    yield lambda *whats: [module.Do(tmp_path / f"{i}.json", what) for i, what in enumerate(whats)]
+    yield lambda *whats: [
+        module.Do(tmp_path / f"{i}.json", *what.split()) for i, what in enumerate(whats)
+    ]
     del sys.modules["pool_tasks"]
 
 
@@ -72,6 +76,35 @@ def test_a_worker_stays_for_more_tasks_and_one_that_leaves_is_noticed(do):
         assert results(pool, do("leave")) == {
             0: Failed("the worker process ended by itself with code 3")
         }
+
+
+@pytest.mark.parametrize(
+    ("last", "busy", "chosen"),
+    [
+        (None, set(), 0),
+        (None, {"a"}, 2),  # nobody is at b
+        ("b", {"a"}, 2),
+        ("a", {"a", "b"}, 0),  # it has compiled a
+        ("c", {"a", "b"}, 0),  # nothing is left but to help
+    ],
+)
+def test_a_worker_gets_tasks_of_the_arm_that_it_has_compiled(last, busy, chosen):
+    assert choose(["a", "a", "b", "b"], last=last, busy=busy) == chosen
+
+
+def test_two_workers_begin_with_an_arm_each(do):
+    started = []
+    with Pool(jobs=2, threads=1) as pool:
+        list(pool.run(do("ok a", "ok a", "ok b"), started.append))
+    assert [task.arm for task in started][:2] == ["a", "b"]
+
+
+@pytest.mark.parametrize("jobs", [0, 1])
+def test_no_task_begins_once_the_time_is_up(do, jobs):
+    with Pool(jobs=jobs, threads=1) as pool:
+        assert list(pool.run(do("ok", "ok"), until=time.monotonic())) == []
+        begun = pool.run(do("ok", "ok"), until=time.monotonic() + 60)
+        assert len(list(begun)) == 2
 
 
 def test_a_stopped_task_stops_the_ladder(do):

@@ -212,6 +212,66 @@ def test_a_sweep_gives_every_arm_its_own_rate_and_is_not_part_of_the_verdict(mak
     assert "sweep of 5 rates with seed 2" in results["lr_note"]
 
 
+def test_a_swept_rate_is_known_when_other_arms_are_trained_later(make_study, tmp_path):
+    study, out = make_study("lr.sweep=[0.001, 0.003, 0.01, 0.03, 0.1]", "seeds=[1]"), tmp_path / "o"
+    run_ladder(study, out, only=["mha"], jobs=0)
+    before = arms(out)["mha"]
+    run_ladder(study, out, only=["mqa"], jobs=0)
+    assert arms(out)["mha"]["lr"] == before["lr"]
+    assert arms(out)["mha"]["val_bpb"] == before["val_bpb"]
+
+
+def test_a_sweep_may_take_a_share_of_the_steps(make_study, tmp_path):
+    study = make_study(
+        "lr.sweep=[0.001, 0.003, 0.01, 0.03, 0.1]", "lr.sweep_share=0.5", "seeds=[1]"
+    )
+    run_ladder(study, tmp_path / "out", only=["mha"], jobs=0)
+    swept = json.loads((tmp_path / "out/sweep/mha/lr-0.01/result.json").read_text())
+    assert (swept["tokens"], arms(tmp_path / "out")["mha"]["seeds"][0]["tokens"]) == (256, 512)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "5 rates, 50% of the steps each, with seed 2" in results["lr_note"]
+
+
+class Later(Notes):
+    """Lets an hour pass when the n-th run begins."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        super().__init__()
+        self.patch, self.at, self.now = monkeypatch, at, time.monotonic
+
+    def started(self, task) -> None:
+        super().started(task)
+        if len(self.begun) == self.at:
+            self.patch.setattr(time, "monotonic", lambda: self.now() + 3600)
+
+
+def test_when_the_time_is_up_what_is_finished_is_reported_and_the_rest_goes_on_later(
+    make_study, finished_ladder, tmp_path, monkeypatch
+):
+    out = tmp_path / "micro"
+    with monkeypatch.context() as patch:
+        first = Later(patch, at=4)
+        result = run_ladder(probed(make_study), out, jobs=0, minutes=30, reporter=first)
+    assert result.exit_code == 75
+    assert "the time was up" in result.message
+    assert len(first.begun) == 4
+    (whole,) = [arm for arm, found in arms(out).items() if found["failed"] is None]
+    assert arms(out)[whole]["probes"].keys() == {"position", "routing"}
+    (half,) = {arm for arm, _ in first.begun} - {whole}
+    assert arms(out)[half]["failed"] == "seed 2, 3: not trained: the time was up"
+    assert run_ladder(probed(make_study), out, jobs=0).exit_code == 0
+    assert figures(out) == figures(finished_ladder)
+
+
+def test_half_a_sweep_trains_no_arm(make_study, tmp_path, monkeypatch):
+    study = make_study("lr.sweep=[0.001, 0.003, 0.01, 0.03, 0.1]", "seeds=[1]")
+    with monkeypatch.context() as patch:
+        late = Later(patch, at=7)
+        run_ladder(study, tmp_path / "out", jobs=0, minutes=30, reporter=late)
+    assert {seed for _, seed in late.begun} == {2}  # the sweep's
+    assert "not finished" in arms(tmp_path / "out")["moe"]["failed"]
+
+
 def test_equal_time_gives_every_arm_steps_by_its_own_speed(make_study, tmp_path):
     study = make_study('budget.hold="wall_time"', "budget.value=0.3", "seeds=[1]")
     run_ladder(study, tmp_path / "out", jobs=0)

@@ -7,6 +7,7 @@ from fathom.ladder.study import HELD, Budget, Study, list_studies, load_study
 from fathom.settings import ConfigError, parse, read_toml, to_data, to_toml
 
 BUILT_IN = [name for name, _ in list_studies()]
+CLAIMS = ("share-kv", "experts", "position", "balance")
 
 
 def test_the_built_in_studies_are_listed_with_a_title():
@@ -30,8 +31,9 @@ def test_the_gpu_study_has_the_arms_of_the_demo():
     ]
 
 
-def test_every_built_in_arm_differs_from_its_parent_in_its_named_change_alone():
-    study = load_study("demo")
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_arm_differs_from_its_parent_in_its_named_change_alone(name):
+    study = load_study(name, ["data.source=bundled"])
     planned = plan(study)
     found = arm_differences(planned, {p.arm.name: 0.01 for p in planned}, tuned=True)
     for p in planned[1:]:
@@ -41,10 +43,34 @@ def test_every_built_in_arm_differs_from_its_parent_in_its_named_change_alone():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_built_in_study_has_three_seeds_and_a_budget_in_tokens(name):
-    study = load_study(name)
+def test_a_built_in_study_has_three_seeds_and_as_many_tokens_for_every_arm(name):
+    study = load_study(name, ["data.source=bundled"])
     assert len(study.seeds) >= 3
-    assert study.budget.hold == "tokens"
+    assert len({p.tokens for p in plan(study)}) == 1
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_study_of_a_claim_sweeps_the_rate_of_every_arm_around_the_best_of_the_first(name):
+    lr = load_study(name).lr
+    assert len(lr.sweep) >= 5
+    assert min(lr.sweep) <= 0.003 < 0.012 <= max(lr.sweep)  # 0.006 was best: demo_gpu_lr_sweep
+    assert lr.sweep_share == 0.25
+
+
+@pytest.mark.parametrize(("latent", "heads"), [("mla-gqa-cache", "gqa"), ("mla-mqa-cache", "mqa")])
+def test_at_equal_cache_means_equal_cache_and_equal_parameters(latent, heads):
+    planned = {p.arm.name: p for p in plan(load_study("share-kv", ["data.source=bundled"]))}
+    assert planned[latent].cache_bytes_per_token == planned[heads].cache_bytes_per_token
+    params = [p.params for p in planned.values()]
+    assert max(params) < 1.01 * min(params)
+
+
+def test_experts_have_the_active_parameters_of_one_dense_model_and_all_those_of_another():
+    planned = {p.arm.name: p for p in plan(load_study("experts", ["data.source=bundled"]))}
+    for name in ("moe-coarse", "moe-fine", "moe-shared"):
+        router = 8 * 384 * 32  # the most a layer's router has, in eight layers
+        assert 0 <= planned[name].active_params - planned["dense"].params <= router
+        assert abs(planned[name].params - planned["dense-wide"].params) <= router
 
 
 def test_the_demos_rates_come_from_a_recorded_sweep():
@@ -97,6 +123,7 @@ def test_an_unknown_study_is_refused_with_those_that_there_are(tmp_path):
         ("arms.1.fit=flops", "arms.1.fit cannot be 'flops'"),
         ("lr.sweep=[0.1, 0.2, 0.3, 0.4, 0.4]", "at least 5 different rates.*got 4"),
         ("lr.sweep=[0, 1, 2, 3, 4]", "above 0"),
+        ("lr.sweep_share=1.5", "sweep_share is a share of a run's steps, got 1.5"),
         ("lr.rates={mha = 0.1}", "rates need a source"),
     ],
 )

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from fathom.convert.run_folder import CheckpointError, committed, load_model
 from fathom.data.loader import Loader
@@ -363,6 +364,22 @@ def test_what_cannot_be_compiled_is_said_and_left_alone(make_config, monkeypatch
         "train.compile=true cannot be had here (no compiler); going on without it"
     ]
     warm_up()
+
+
+def test_only_another_model_is_compiled_anew(make_config, monkeypatch):
+    counter = CompileCounter()
+    compile_block = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend=counter))
+
+    def compiled(seed: int, *overrides: str) -> int:
+        model, before = build_model(make_config(*overrides).model, seed=seed), counter.frame_count
+        tokens = torch.zeros(1, 4, dtype=torch.int64)
+        assert compile_blocks(model, lambda: model(tokens), Notices().notice)
+        return counter.frame_count - before
+
+    other = "model.norm_eps=1e-4"
+    # A dense block and one with experts.
+    assert [compiled(1), compiled(2), compiled(1, other), compiled(1)] == [2, 0, 2, 2]
 
 
 def test_evaluating_runs_the_blocks_as_they_were_written(make_config):

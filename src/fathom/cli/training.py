@@ -1,5 +1,6 @@
 """Studies and runs: train, compare, list."""
 
+import math
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -34,6 +35,9 @@ def ladder(
     only: Annotated[list[str] | None, typer.Option(help="Train this arm and no others.")] = None,
     add_seeds: Annotated[int, typer.Option(help="Train so many more seeds of every arm.")] = 0,
     jobs: Annotated[int | None, typer.Option(help="Runs side by side; 0: in this process.")] = None,
+    minutes: Annotated[
+        float, typer.Option(help="Begin no further run after so many; report what is finished.")
+    ] = math.inf,
     settings: Settings = None,
     imports: Imports = None,
 ) -> None:
@@ -62,6 +66,7 @@ def ladder(
         only=only or (),
         add_seeds=add_seeds,
         jobs=jobs,
+        minutes=minutes,
         reporter=reporter(),
     )
     _end(result.message, result.exit_code)

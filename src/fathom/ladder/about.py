@@ -86,9 +86,11 @@ def rate_note(study: Study, swept: Mapping[str, Swept], seed: int) -> str:
         f"{arm}: {found.note}" for arm, found in swept.items() if "parabola in" not in found.note
     ]
     unclear = f" Not so for {'; '.join(edges)}." if edges else ""
+    share = study.lr.sweep_share
+    shorter = f", {share:.0%} of the steps each," if share < 1 else ""
     return (
         f"Each arm's learning rate is the minimum of a parabola in log lr through a sweep of "
-        f"{len(study.lr.sweep)} rates with seed {seed}, which no verdict uses.{unclear}"
+        f"{len(study.lr.sweep)} rates{shorter} with seed {seed}, which no verdict uses.{unclear}"
     )
 
 

@@ -57,6 +57,13 @@ class PlannedArm:
         """What one run of this arm is trained with."""
         return replace(self.config, train=replace(self.config.train, seed=seed, lr=lr))
 
+    def sweep_config(self, seed: int, lr: float, share: float) -> RunConfig:
+        """A run of a sweep: the same schedule in a share of the steps, measured at its end."""
+        cfg = self.run_config(seed, lr)
+        steps = max(round(share * cfg.train.steps), cfg.train.warmup_steps, 1)
+        every = cfg.train.eval_every if steps == cfg.train.steps else 0
+        return replace(cfg, train=replace(cfg.train, steps=steps, eval_every=every))
+
 
 def plan(study: Study, step_seconds: Mapping[str, float] | None = None) -> list[PlannedArm]:
     """Resolve every arm; the order is the study's.

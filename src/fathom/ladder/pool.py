@@ -4,12 +4,13 @@
 memory dies like that; here the dead worker's task becomes a failure and a new worker takes over.
 """
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -46,9 +47,11 @@ class Worker:
         )
         self.process.start()
         there.close()
+        self.arm: str | None = None
 
     def send(self, task: Task) -> None:
         """Give it a task. That it died while idle is noticed when its answer is read."""
+        self.arm = task.arm
         with suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(task)
 
@@ -94,21 +97,34 @@ class Pool:
                 worker.process.join()
 
     def run(
-        self, tasks: Sequence[AnyTask], started: Callable[[AnyTask], None] = lambda task: None
+        self,
+        tasks: Sequence[AnyTask],
+        started: Callable[[AnyTask], None] = lambda task: None,
+        until: float = math.inf,
     ) -> Iterator[tuple[AnyTask, Data | Failed]]:
         """Every task with its result, as they finish; ``started`` is called when one begins.
+
+        Args:
+            until: a time of ``time.monotonic`` from which on no task begins.
 
         Raises:
             KeyboardInterrupt: a worker was told to stop; what it ran can go on later.
         """
         if self.jobs == 0:
-            yield from self._run_here(tasks, started)
+            yield from self._run_here(tasks, started, until)
             return
-        waiting = deque(tasks)
+        waiting = list(tasks)
         busy: dict[Connection, tuple[Worker, AnyTask]] = {}
-        while waiting or busy:
-            while waiting and len(busy) < self.jobs:
-                worker, task = self._worker(), waiting.popleft()
+        while busy or (waiting and time.monotonic() < until):
+            while waiting and len(busy) < self.jobs and time.monotonic() < until:
+                worker = self._worker()
+                task = waiting.pop(
+                    choose(
+                        [task.arm for task in waiting],
+                        last=worker.arm,
+                        busy={task.arm for _, task in busy.values()},
+                    )
+                )
                 worker.send(task)
                 busy[worker.pipe] = (worker, task)
                 started(task)
@@ -138,14 +154,24 @@ class Pool:
         worker.process.join()
 
     def _run_here(
-        self, tasks: Sequence[AnyTask], started: Callable[[AnyTask], None]
+        self, tasks: Sequence[AnyTask], started: Callable[[AnyTask], None], until: float
     ) -> Iterator[tuple[AnyTask, Data | Failed]]:
         for task in tasks:
+            if time.monotonic() >= until:
+                return
             started(task)
             result = attempt(task)
             if isinstance(result, Stopped):
                 raise KeyboardInterrupt
             yield task, result
+
+
+def choose(arms: Sequence[str], *, last: str | None, busy: Set[str]) -> int:
+    """Which of the waiting tasks, by their arms, a worker gets.
+
+    Of the arm whose task was its last, and is compiled; else of one that nobody is at.
+    """
+    return min(range(len(arms)), key=lambda i: (arms[i] != last, arms[i] in busy, i))
 
 
 def available_cores() -> int:

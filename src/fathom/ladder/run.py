@@ -4,8 +4,10 @@ Everything is a task that leaves one file (``work.py``). Running a ladder again 
 file yet: that is how it goes on after a stop, and how seeds and probes are added later.
 """
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -71,6 +73,7 @@ def run_ladder(
     only: Sequence[str] = (),
     add_seeds: int = 0,
     jobs: int | None = None,
+    minutes: float = math.inf,
     reporter: Reporter | None = None,
 ) -> LadderResult:
     """Run a study in the folder ``out``, or go on with it.
@@ -80,11 +83,13 @@ def run_ladder(
         only: train these arms and no others; the rest keeps what it has.
         add_seeds: seeds beyond those of the study; added ones stay with the folder.
         jobs: runs at once; None: one per core on the CPU, one on a GPU. 0: in this process.
+        minutes: after so many no further run begins; what is finished is measured and reported.
         reporter: told of all that happens; None: nobody is.
 
     Raises:
         ConfigError: a study, an arm or a folder that cannot be; nothing was written.
     """
+    deadline = time.monotonic() + 60 * minutes
     reporter = reporter or Reporter()
     study = with_added_seeds(study, Folder(out), add_seeds)
     planned = plan(study)
@@ -96,7 +101,8 @@ def run_ladder(
                     stages = Stages(study, Folder(Path(scratch)), dataset, pool, reporter)
                     return _estimate(stages)
             with locked(out):
-                return _run(Stages(study, Folder(out), dataset, pool, reporter), only)
+                stages = Stages(study, Folder(out), dataset, pool, reporter, deadline)
+                return _run(stages, only)
     except KeyboardInterrupt:
         again = repeat_command(study, out)
         message = f"stopped; what is finished stays, go on with: {again}"
@@ -178,6 +184,10 @@ def _run(stages: Stages, only: Sequence[str]) -> LadderResult:
     report = write_report(folder.root)
     stages.reporter.results(results)
     failed = [arm for arm, outcome in outcomes.items() if outcome.failed is not None]
+    if stages.out_of_time:
+        again = repeat_command(study, folder.root)
+        message = f"the time was up; {report} has what is finished, go on with: {again}"
+        return LadderResult(reason="interrupted", message=message)
     if len(failed) == len(outcomes):
         message = f"every arm failed; {folder.results} says why of each"
         return LadderResult(reason="failed", message=message)

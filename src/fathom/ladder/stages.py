@@ -1,5 +1,6 @@
 """The parts of a ladder, each of which skips what is done: estimate, sweep, train, probe, time."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from fathom.ladder.task import finished, read_object, write_json
 from fathom.ladder.watch import Reporter
 from fathom.ladder.work import ProbeTask, SpeedTask, TrainTask, only_steps
 from fathom.settings import Data
+from fathom.train.config import RunConfig
 
 ESTIMATE_STEPS, SPEED_STEPS = 2, 8
 ALONE = ("speed",)  # probes that time something: they run while nothing else does
-FAILED = "failed.json"
+FAILED, SWEEP = "failed.json", "learning-rate sweep"
+OUT_OF_TIME = "not trained: the time was up"
 
 
 class Stages:
@@ -30,13 +33,22 @@ class Stages:
         rates: each arm's learning rate.
         swept: how a sweep found it; empty without one.
         refused: arms that cannot be trained at all, and why.
+        deadline: when no further run begins, by ``time.monotonic``.
+        out_of_time: whether one did not begin because of that.
     """
 
     def __init__(
-        self, study: Study, folder: Folder, dataset: Dataset, pool: Pool, reporter: Reporter
+        self,
+        study: Study,
+        folder: Folder,
+        dataset: Dataset,
+        pool: Pool,
+        reporter: Reporter,
+        deadline: float = math.inf,
     ) -> None:
         self.study, self.folder, self.dataset = study, folder, dataset
-        self.pool, self.reporter = pool, reporter
+        self.pool, self.reporter, self.deadline = pool, reporter, deadline
+        self.out_of_time = False
         self.planned = plan(study)
         self.seconds: dict[str, float] = {}
         self.rates = {p.arm.name: p.config.train.lr for p in self.planned} | study.lr.rates
@@ -53,7 +65,7 @@ class Stages:
         step: dict[str, float] = {}
         threads = self.pool.threads
         tasks = [self.speed_task(p, "estimate", ESTIMATE_STEPS, threads) for p in self.planned]
-        for task, result in self.do(tasks):
+        for task, result in self.do(tasks, until=self.deadline):
             if isinstance(result, Failed):
                 why = f"its training step cannot be timed: {result.reason}"
                 self.reporter.notice(f"{task.arm}: {why}")
@@ -76,26 +88,46 @@ class Stages:
 
     def whole_seconds(self) -> float:
         """Estimated, from the start: the runs of all arms, seeds and rates of a sweep."""
-        runs = len(self.study.seeds) + len(self.study.lr.sweep)
+        lr = self.study.lr
+        runs = len(self.study.seeds) + lr.sweep_share * len(lr.sweep)
         return runs * sum(self.seconds.values()) / max(self.pool.jobs, 1)
 
     def sweep(self, arms: Sequence[str]) -> None:
-        """Find the rates of these arms, if the study sweeps them."""
-        tasks = [
-            self.train_task(p, self.sweep_seed, lr, self.folder.sweep(p.arm.name, lr))
-            for p in self._trainable(arms)
-            for lr in self.study.lr.sweep
+        """Find the rates, if the study sweeps: of these arms now, of others if the folder can."""
+        tasks = {p.arm.name: self._sweep_tasks(p) for p in self.planned}
+        wanted = [task for p in self._trainable(arms) for task in tasks[p.arm.name]]
+        results = {task.file: result for task, result in self.train_all(SWEEP, wanted)}
+        for arm, its in tasks.items():
+            found = [results.get(task.file) or self._known(task) for task in its]
+            if any("key" not in result for result in found):  # half a sweep would give another rate
+                if arm in arms:
+                    self.refused[arm] = "its learning-rate sweep is not finished"
+            elif its:
+                self._choose(arm, its, found)
+
+    def _sweep_tasks(self, p: PlannedArm) -> list[TrainTask]:
+        lr = self.study.lr
+        return [
+            self.task(
+                p.arm.name,
+                p.sweep_config(self.sweep_seed, rate, lr.sweep_share),
+                self.folder.sweep(p.arm.name, rate),
+            )
+            for rate in lr.sweep
         ]
-        points: dict[str, list[tuple[float, float]]] = {task.arm: [] for task in tasks}
-        for task, result in self.train_all("learning-rate sweep", tasks):
-            if not result["failed"]:
-                points[task.arm].append((task.cfg.train.lr, result["val_bpb"]))
-        for arm, found in points.items():
-            if not found:
-                self.refused[arm] = "no run of its learning-rate sweep finished"
-                continue
-            self.swept[arm] = best_rate(found)
-            self.rates[arm] = self.swept[arm].lr
+
+    def _choose(self, arm: str, tasks: Sequence[TrainTask], found: Sequence[Data]) -> None:
+        """An arm's rate from the runs of its sweep; those that diverged have none."""
+        points = [
+            (task.cfg.train.lr, result["val_bpb"])
+            for task, result in zip(tasks, found, strict=True)
+            if not result["failed"]
+        ]
+        if not points:
+            self.refused[arm] = "no run of its learning-rate sweep finished"
+            return
+        self.swept[arm] = best_rate(points)
+        self.rates[arm] = self.swept[arm].lr
 
     def train(self, arms: Sequence[str]) -> dict[str, ArmOutcome]:
         """Train these arms; every arm's outcome, the others' as the folder knows it."""
@@ -159,10 +191,9 @@ class Stages:
             return {}
         return {p.arm.name: result}
 
-    def train_task(self, p: PlannedArm, seed: int, lr: float, folder: Path) -> TrainTask:
-        cfg = p.run_config(seed, lr)
+    def task(self, arm: str, cfg: RunConfig, folder: Path) -> TrainTask:
         key = config_hash(cfg, self.dataset.fingerprint)
-        return TrainTask(arm=p.arm.name, cfg=cfg, folder=folder, key=key)
+        return TrainTask(arm=arm, cfg=cfg, folder=folder, key=key)
 
     def speed_task(self, p: PlannedArm, name: str, steps: int, threads: int) -> SpeedTask:
         cfg = only_steps(p.config, steps)
@@ -191,13 +222,17 @@ class Stages:
         self, planned: Sequence[PlannedArm], seeds: Sequence[int] | None = None
     ) -> list[TrainTask]:
         return [
-            self.train_task(p, seed, self.rates[p.arm.name], self.folder.run(p.arm.name, seed))
+            self.task(arm, p.run_config(seed, self.rates[arm]), self.folder.run(arm, seed))
             for p in planned
             for seed in (self.study.seeds if seeds is None else seeds)
+            for arm in [p.arm.name]
         ]
 
     def train_all(self, what: str, tasks: Sequence[TrainTask]) -> list[tuple[TrainTask, Data]]:
-        """Do what is not done yet, the longest runs first; ``failed`` says why there is no loss."""
+        """Do what is not done yet, the longest runs first; ``failed`` says why there is no loss.
+
+        What did not begin before the deadline has no ``key``.
+        """
         for task in tasks:
             notice = self.folder.set_aside(task, self.dataset.fingerprint)
             if notice:
@@ -211,15 +246,18 @@ class Stages:
                 self.reporter.finished(task, known[task.file])
         if waiting:
             self.reporter.stage(what, seconds / max(self.pool.jobs, 1))
-        for task, result in self.pool.run(waiting, self.reporter.started):
+        for task, result in self.pool.run(waiting, self.reporter.started, until=self.deadline):
             if isinstance(result, Failed):
                 result = {"key": task.key, "failed": result.reason}
                 write_json(task.folder / FAILED, result)
             known[task.file] = result
             self.reporter.finished(task, result)
-        return [(task, known[task.file]) for task in tasks]
+        self.out_of_time |= any(task.file not in known for task in tasks)
+        return [(task, known.get(task.file, {"failed": OUT_OF_TIME})) for task in tasks]
 
-    def do(self, tasks: Sequence[AnyTask]) -> Iterator[tuple[AnyTask, Data | Failed]]:
+    def do(
+        self, tasks: Sequence[AnyTask], until: float = math.inf
+    ) -> Iterator[tuple[AnyTask, Data | Failed]]:
         """Do what is not done yet of some measurements."""
         waiting: list[AnyTask] = []
         for task in tasks:
@@ -228,7 +266,7 @@ class Stages:
                 waiting.append(task)
             else:
                 yield task, known
-        yield from self.pool.run(waiting)
+        yield from self.pool.run(waiting, until=until)
 
 
 def _failure(task: TrainTask) -> Data | None:

@@ -10,9 +10,9 @@ A study is a TOML file. Its keys:
 - ``probes``: names of ``fathom.probes`` applied to each trained arm (its first seed).
 - ``[budget]``: ``hold`` names what is equal (see ``HELD``), ``value`` how much of it there is,
   ``tolerance`` how far an arm may be off where it cannot be met exactly.
-- ``[lr]``: ``sweep`` (five or more rates tried on every arm before) or ``rates`` (arm to rate, from
-  an earlier sweep that ``source`` names); neither: ``train.lr`` for all, and the report says that
-  no arm was tuned.
+- ``[lr]``: ``sweep`` (five or more rates tried on every arm before, each for ``sweep_share`` of a
+  run's steps) or ``rates`` (arm to rate, from an earlier sweep that ``source`` names); neither:
+  ``train.lr`` for all, and the report says that no arm was tuned.
 - ``[[arms]]``: ``name``; ``parent`` (an earlier arm; the first arm has none); ``claim``, a question
   that the pair answers; ``change``, overrides on the parent's config; ``fit = "params"`` widens or
   narrows the dense FFNs until the arm has its parent's number of parameters.
@@ -68,6 +68,7 @@ class LearningRates(Config):
     """How each arm's ``train.lr`` is chosen: swept here, recorded from a sweep, or one for all."""
 
     sweep: tuple[float, ...] = ()
+    sweep_share: float = 1.0
     rates: dict[str, float] = field(default_factory=dict)
     source: str = ""
 
@@ -78,6 +79,8 @@ class LearningRates(Config):
             not self.sweep or n >= 5,
             f"sweep must hold at least 5 different rates for a parabola, got {n}",
         )
+        share = self.sweep_share
+        require(0 < share <= 1, f"sweep_share is a share of a run's steps, got {share}")
         low = min((*self.sweep, *self.rates.values()), default=1.0)
         require(low > 0, f"a learning rate must be above 0, got {low}")
         require(

@@ -21,6 +21,11 @@ class Task(Protocol):
         ...
 
     @property
+    def arm(self) -> str:
+        """Whose it is: tasks of one arm run the same compiled code."""
+        ...
+
+    @property
     def key(self) -> str:
         """Identifies what is done: a file with another key is of another study."""
         ...

@@ -25,8 +25,8 @@ def run(model: Decoder, dataset: Dataset, context: Context) -> Record:
         scores = part.scores(x_BTD, step)
         if scores is None:
             return {}
-        shares.append(position_share(scores.float().cpu()))
-        controls.append(position_share(shuffled(scores.float().cpu(), generator)))
+        shares.append(position_share(scores.float()))
+        controls.append(position_share(shuffled(scores.float(), generator)))
     return {
         "layer": list(range(len(shares))),
         "position_share": shares,
@@ -41,7 +41,7 @@ def position_share(scores_BHTS: Tensor) -> float:
     Queries of the second half alone, so that every distance up to T/2 is seen by all of them.
     """
     length = scores_BHTS.shape[-1]
-    places = torch.arange(length)
+    places = torch.arange(length, device=scores_BHTS.device)
     distance_TS = places[:, None] - places
     use_TS = (distance_TS >= 0) & (distance_TS < length // 2) & (places[:, None] >= length // 2)
     seen = torch.isfinite(scores_BHTS).all(0).all(0) & use_TS
@@ -57,7 +57,7 @@ def position_share(scores_BHTS: Tensor) -> float:
 
 def _between(values_HN: Tensor, group_N: Tensor, groups: int) -> float:
     count = torch.bincount(group_N, minlength=groups).double()
-    sums = torch.zeros(len(values_HN), groups, dtype=torch.float64)
+    sums = values_HN.new_zeros(len(values_HN), groups)
     sums.index_add_(1, group_N, values_HN)
     means = sums / count.clamp(min=1)
     between = (count * means.square()).sum(-1) / count.sum()
@@ -68,7 +68,8 @@ def _between(values_HN: Tensor, group_N: Tensor, groups: int) -> float:
 def shuffled(scores_BHTS: Tensor, generator: torch.Generator) -> Tensor:
     """Each query's visible scores in random order; what is hidden stays hidden."""
     hidden = ~torch.isfinite(scores_BHTS)
-    keys = torch.rand(scores_BHTS.shape, generator=generator).masked_fill(hidden, 2.0)
+    keys = torch.rand(scores_BHTS.shape, generator=generator).to(hidden.device)
+    keys = keys.masked_fill(hidden, 2.0)
     order = keys.argsort(dim=-1)  # the visible ones first, in random order
     places = hidden.long().argsort(dim=-1, stable=True)  # the visible places, in order
     mixed = scores_BHTS.gather(-1, order)

@@ -1,5 +1,6 @@
 """What a run runs on: the device, its limits, determinism, and compiled blocks."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from fathom import __version__
+from fathom.config import ModelConfig
 from fathom.model import Decoder
 from fathom.train.config import Device
 
@@ -84,10 +86,9 @@ def compile_blocks(
     """Compile every block in place, and run ``warm_up`` to see that it works.
 
     Compiling is lazy, so what cannot be compiled shows in the first pass. Then the blocks stay as
-    they were and ``notice`` is told why. What was compiled before in this process is forgotten:
-    torch compiles one piece of code only eight times, and another model's blocks are the same code.
+    they were and ``notice`` is told why.
     """
-    torch.compiler.reset()
+    _forget_others(model.cfg)
     blocks = [*model.blocks, *(module.block for module in model.mtp)]
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's own, of no use to a user
@@ -102,6 +103,16 @@ def compile_blocks(
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         notice(f"train.compile=true cannot be had here ({reason}); going on without it")
         return False
+
+
+@functools.lru_cache(maxsize=1)
+def _forget_others(cfg: ModelConfig) -> None:
+    """Forget what was compiled, unless it was for this very model, another seed of a study's arm.
+
+    Torch compiles one piece of code only eight times, and another model's blocks are the same code;
+    what differs between them it would also take for a size that varies.
+    """
+    torch.compiler.reset()
 
 
 @contextmanager
