@@ -1,26 +1,24 @@
 #!/bin/sh
 # Record studies on the GPUs of one machine: those of a GPU one after the other, all GPUs at once.
 #
-#   PYTHONPATH=src studies/record.sh DATA OUT MINUTES "share-kv position" "experts balance"
+#   PYTHONPATH=src studies/record.sh DATA OUT "share-kv=300 position=490" "experts=300 balance=490"
 #
-# The n-th list of studies runs on GPU n - 1, and each study begins its last run MINUTES after the
-# list began, shared out evenly; what a study leaves over is the next one's. Run it again to go on:
-# what is finished is not repeated. OUT gets STUDY.tar.gz (all but checkpoints) and a log a GPU.
-# SETTINGS: further key=value for every study. FOLDER: where the studies run (default: OUT/runs).
+# The n-th list runs on GPU n - 1; each study begins its last run so many seconds after the start,
+# and then measures and reports what is finished. Run it again to go on: nothing is repeated.
+# OUT gets STUDY.tar.gz (all but checkpoints) and a log for each GPU. From the environment: FOLDER,
+# where the studies run (OUT/runs); JOBS, runs side by side (5); PYTHON; SETTINGS, key=value for all.
 set -u
-data=$1 out=$2 minutes=$3
-shift 3
-folder=${FOLDER:-$out/runs}
+data=$1 out=$2
+shift 2
+folder=${FOLDER:-$out/runs} begun=$(date +%s)
 mkdir -p "$out" "$folder"
 
-record() { # GPU "STUDY ..."
-    begun=$(date +%s) left=$(echo $2 | wc -w)
-    for study in $2; do
-        seconds=$((minutes * 60 - $(date +%s) + begun))
-        share=$((seconds > 0 ? seconds / left : 0)) left=$((left - 1))
-        CUDA_VISIBLE_DEVICES=$1 ${PYTHON:-python3} -m fathom ladder "$study" \
-            --out "$folder/$study" --jobs "${JOBS:-5}" \
-            --minutes "$(echo $share | awk '{print $1 / 60}')" "data.source=$data" ${SETTINGS:-}
+record() { # GPU "STUDY=SECONDS ..."
+    for timed in $2; do
+        study=${timed%=*}
+        minutes=$(awk "BEGIN {s = ${timed#*=} - $(date +%s) + $begun; print s > 0 ? s / 60 : 0}")
+        CUDA_VISIBLE_DEVICES=$1 "${PYTHON:-python3}" -m fathom ladder "$study" --minutes "$minutes" \
+            --out "$folder/$study" --jobs "${JOBS:-5}" "data.source=$data" ${SETTINGS:-}
         tar -C "$folder" --exclude=checkpoints --exclude=.lock -czf "$out/$study.tar.gz" "$study"
     done
 }

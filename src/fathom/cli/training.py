@@ -36,7 +36,8 @@ def ladder(
     add_seeds: Annotated[int, typer.Option(help="Train so many more seeds of every arm.")] = 0,
     jobs: Annotated[int | None, typer.Option(help="Runs side by side; 0: in this process.")] = None,
     minutes: Annotated[
-        float, typer.Option(help="Begin no further run after so many; report what is finished.")
+        float,
+        typer.Option(min=0, help="Begin no further run after so many; report what is finished."),
     ] = math.inf,
     settings: Settings = None,
     imports: Imports = None,
