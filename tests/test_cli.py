@@ -32,7 +32,7 @@ log_every = 1
 """
 
 VERBS = {  # verb: its options (a change here is a change for users: CHANGELOG)
-    "ladder": "--out --dry-run --list --only --add-seeds --jobs --set --import",
+    "ladder": "--out --dry-run --list --only --add-seeds --jobs --minutes --set --import",
     "report": "",
     "train": "--out --size --deterministic --strict --allow-change --nproc --set --import",
     "compare": "--margin --format --import",
