@@ -506,7 +506,8 @@ def test_ladder_hands_on_what_was_asked_and_how_it_ended(reason, code, monkeypat
         'arms = [{name = "only"}]\n'
     )
     study = str(tmp_path / "mine.toml")
-    assert run("ladder", study, "--only", "only", "--add-seeds", "2", "budget.value=5e5") == code
+    flags = ("--only", "only", "--add-seeds", "2", "--minutes", "1.5")
+    assert run("ladder", study, *flags, "budget.value=5e5") == code
     del asked["reporter"]
     assert asked == {
         "study": "mine",
@@ -516,6 +517,7 @@ def test_ladder_hands_on_what_was_asked_and_how_it_ended(reason, code, monkeypat
         "only": ["only"],
         "add_seeds": 2,
         "jobs": None,
+        "minutes": 1.5,
     }
 
 
