@@ -7,7 +7,7 @@ beside the same attention without the gate:
 
     fathom ladder examples/own_attention.toml --import examples/own_attention.py
 
-Shapes: B batch, T new tokens, S all tokens so far, D model dim, H heads, V value width.
+Shapes: B batch, T new tokens, D model dim, H heads, V value width.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from torch import Tensor
 import fathom
 from fathom.attention.mha import MHA, MHAConfig
 from fathom.layers.linear import Linear
-from fathom.ops import attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +44,8 @@ class Gated(MHA):
         self.w_gate = Linear(dim, cfg.n_heads)
 
     def forward(self, x_BTD: Tensor, step: fathom.Step) -> Tensor:
-        q_BTHQ, *new = self.queries_keys_values(x_BTD, step)
-        places_BS, (k_BSF, v_BSF, *k_rope) = step.append(*new)
-        k_BSGQ = self.whole_keys(k_BSF, *k_rope)
-        v_BSGV = v_BSF.unflatten(-1, (self.cfg.n_kv_heads, -1))
-        mask, scale = self.mask(places_BS, step, q_BTHQ.dtype), self.scale
-        heads_BTHV = attention(q_BTHQ, k_BSGQ, v_BSGV, scale=scale, mask=mask, causal=mask is None)
         gate_BTH = self.w_gate(x_BTD).sigmoid()
-        return self.wo((gate_BTH[..., None] * heads_BTHV).flatten(-2))
+        return self.wo((gate_BTH[..., None] * self.heads(x_BTD, step)).flatten(-2))
 
 
 fathom.register_attention("gated", GatedConfig)

@@ -165,9 +165,12 @@ def test_a_class_is_shown_with_its_decorators(small):
 
 
 def test_an_outline_ends_with_the_docstring() -> None:
-    shown = build.source_of(ROOT / "src/fathom/model/mtp.py", ["shorten"], outline=True)
+    shown = build.source_of(ROOT / "src/fathom/model/mtp.py", ["targets_ahead"], outline=True)
     first, second = shown.splitlines()
-    assert first == "def shorten(step: Step, depth: int) -> Step:"
+    assert (
+        first
+        == "def targets_ahead(targets_BT: Tensor, positions_BT: Tensor, depth: int) -> Tensor:"
+    )
     assert second.strip().startswith('"""')
 
 

@@ -15,6 +15,9 @@ from fathom.layers.base import Config
 from fathom.layers.cache import Stream
 from fathom.layers.rope import Rope
 from fathom.layers.step import Step
+from fathom.ops.attention import attention
+from fathom.ops.packed_attention import PACKED_ATTENTION, packed_attention
+from fathom.ops.registry import autocast, choose
 
 
 class Selection(NamedTuple):
@@ -41,6 +44,12 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor: ...
+
+    def prepare(self, step: Step) -> None:
+        """Make what the layers of a step share, before any of them runs as a compiled region."""
+        rope = getattr(self, "rope", None)
+        if isinstance(rope, Rope):
+            step.angles(rope)
 
     def set_progress(self, progress: float) -> None:
         """Training has come so far, from 0 to 1: for what follows a schedule. Nothing does here."""
@@ -90,6 +99,31 @@ class AttentionConfig(Config, ABC):
     @abstractmethod
     def core_flops(self, seq_len: int) -> int:
         """Forward FLOPs of one token's scores and mixing over ``seq_len`` keys."""
+
+
+def attend_visible(
+    q_BTHQ: Tensor,
+    k_BSGQ: Tensor,
+    v_BSGV: Tensor,
+    step: Step,
+    keys_BS: Tensor | None,
+    *,
+    scale: float,
+    window_size: int | None = None,
+    slopes_H: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention to all that the step lets a query see, ``[B, T, H, V]``.
+
+    Without a cache documents and windows need no mask where :func:`packed_attention` has a kernel.
+    The arguments are those of :func:`attention` and of :meth:`Step.mask`.
+    """
+    unequal = step.cu_seqlens is not None or window_size is not None
+    if unequal and keys_BS is None and slopes_H is None:
+        q, k, v = autocast(q_BTHQ, k_BSGQ, v_BSGV)
+        if choose(PACKED_ATTENTION, "auto", q, k, v) != "reference":
+            return packed_attention(q, k, v, step.borders(), scale=scale, window_size=window_size)
+    mask = step.mask(keys_BS, window_size=window_size, slopes_H=slopes_H, dtype=q_BTHQ.dtype)
+    return attention(q_BTHQ, k_BSGQ, v_BSGV, scale=scale, mask=mask, causal=mask is None)
 
 
 def raw_scores(q_BTHQ: Tensor, k_BSGQ: Tensor, scale: float, mask: Tensor | None) -> Tensor:

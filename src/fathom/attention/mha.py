@@ -15,14 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fathom.attention.base import Attention, AttentionConfig, raw_scores
+from fathom.attention.base import Attention, AttentionConfig, attend_visible, raw_scores
 from fathom.layers.base import require, require_positive
 from fathom.layers.cache import Stream
 from fathom.layers.linear import Linear
 from fathom.layers.position import AlibiConfig, AnyPosition, DecoupledRopeConfig, RopeConfig
 from fathom.layers.rope import Rope
 from fathom.layers.step import Step
-from fathom.ops.attention import attention
 from fathom.ops.rope import rotate
 
 
@@ -119,15 +118,20 @@ class MHA(Attention):
             self.wk_rope = Linear(dim, cfg.rope_head_dim)
 
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
+        return self.wo(self.heads(x_BTD, step).flatten(-2))
+
+    def heads(self, x_BTD: Tensor, step: Step) -> Tensor:
+        """What every head read, ``[B, T, H, V]``."""
         q_BTHQ, *new = self.queries_keys_values(x_BTD, step)
         keys_BS, (k_BSF, v_BSF, *k_rope) = step.append(*new)
         k_BSGQ = self.whole_keys(k_BSF, *k_rope)
         v_BSGV = v_BSF.unflatten(-1, (self.cfg.n_kv_heads, -1))
-        mask = self.mask(keys_BS, step, q_BTHQ.dtype)
-        out_BTHV = attention(
-            q_BTHQ, k_BSGQ, v_BSGV, scale=self.scale, mask=mask, causal=mask is None
+        return attend_visible(
+            *(q_BTHQ, k_BSGQ, v_BSGV, step, keys_BS),
+            scale=self.scale,
+            window_size=self.cfg.window_size,
+            slopes_H=self.slopes(step),
         )
-        return self.wo(out_BTHV.flatten(-2))
 
     def whole_keys(self, k_BSF: Tensor, k_rope_BSR: Tensor | None = None) -> Tensor:
         """Keys by head, ``[B, S, G, Q]``.
@@ -142,7 +146,7 @@ class MHA(Attention):
 
     def scores(self, x_BTD: Tensor, step: Step) -> Tensor:
         q_BTHQ, k_BSF, _, *k_rope = self.queries_keys_values(x_BTD, step)
-        mask = self.mask(None, step, torch.float32)
+        mask = step.mask(None, window_size=self.cfg.window_size, slopes_H=self.slopes(step))
         return raw_scores(q_BTHQ, self.whole_keys(k_BSF, *k_rope), self.scale, mask)
 
     def position_keys(self, x_BTD: Tensor) -> tuple[Tensor, Rope] | None:
@@ -173,9 +177,8 @@ class MHA(Attention):
         q_BTHQ = q_BTHQ.expand(-1, -1, cfg.n_heads, -1)
         return [q_BTHQ, k_BTGQ.flatten(-2), self.wv(x_BTD), *position_keys]
 
-    def mask(self, keys_BS: Tensor | None, step: Step, dtype: torch.dtype) -> Tensor | None:
-        """What each query sees, with ALiBi's slopes if that is the position."""
-        slopes_H = None
-        if isinstance(self.cfg.position, AlibiConfig):
-            slopes_H = self.cfg.position.slopes(self.cfg.n_heads).to(step.positions_BT.device)
-        return step.mask(keys_BS, window_size=self.cfg.window_size, slopes_H=slopes_H, dtype=dtype)
+    def slopes(self, step: Step) -> Tensor | None:
+        """ALiBi's, ``[H]``, if that is the position."""
+        if not isinstance(self.cfg.position, AlibiConfig):
+            return None
+        return self.cfg.position.slopes(self.cfg.n_heads).to(step.positions_BT.device)

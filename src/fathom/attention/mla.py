@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fathom.attention.base import Attention, AttentionConfig, raw_scores
+from fathom.attention.base import Attention, AttentionConfig, attend_visible, raw_scores
 from fathom.layers.base import require, require_positive
 from fathom.layers.cache import Stream
 from fathom.layers.linear import Linear
@@ -28,7 +28,6 @@ from fathom.layers.norm import RMSNorm
 from fathom.layers.position import RopeConfig
 from fathom.layers.rope import Rope
 from fathom.layers.step import Step
-from fathom.ops.attention import attention
 from fathom.ops.rope import rotate
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]  # an attention of queries, keys and values
@@ -154,8 +153,7 @@ class MLA(Attention):
         step: Step,
     ) -> Tensor:
         """Attend to every visible token, in the cheaper form: ``[B, T, H, V]``."""
-        mask = step.mask(keys_BS)
-        core = partial(attention, scale=self.scale, mask=mask, causal=mask is None)
+        core = partial(attend_visible, step=step, keys_BS=keys_BS, scale=self.scale)
         n_new, n_total = q_BTHQ.shape[1], latent_BSC.shape[1]
         if self.cfg.use_absorbed(n_new, n_total, cached=step.cache is not None):
             return self.absorbed(q_BTHQ, latent_BSC, k_rope_BSR, core)

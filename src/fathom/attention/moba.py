@@ -19,7 +19,7 @@ import torch
 from pydantic import Discriminator
 from torch import Tensor, nn
 
-from fathom.attention.base import Attention, AttentionConfig, Selection, raw_scores
+from fathom.attention.base import Attention, AttentionConfig, Selection, attend_visible, raw_scores
 from fathom.layers.base import require, require_positive
 from fathom.layers.cache import Stream
 from fathom.layers.entries import Entries
@@ -27,7 +27,6 @@ from fathom.layers.linear import Linear
 from fathom.layers.position import NoPositionConfig, RopeConfig
 from fathom.layers.rope import Rope
 from fathom.layers.step import Step
-from fathom.ops.attention import attention
 from fathom.ops.block_attention import block_attention
 from fathom.ops.registry import wide
 from fathom.ops.rope import rotate
@@ -138,10 +137,7 @@ class MoBA(Attention):
         keys_BS, (k_BSF, v_BSF) = step.append(k_BTGQ.flatten(-2), self.wv(x_BTD), names=names)
         k_BSGQ, v_BSGV = (t.unflatten(-1, (self.cfg.n_kv_heads, -1)) for t in (k_BSF, v_BSF))
         if self.full:
-            mask = step.mask(keys_BS)
-            out_BTHV = attention(
-                q_BTHQ, k_BSGQ, v_BSGV, scale=self.scale, mask=mask, causal=mask is None
-            )
+            out_BTHV = attend_visible(q_BTHQ, k_BSGQ, v_BSGV, step, keys_BS, scale=self.scale)
         else:
             out_BTHV = block_attention(
                 q_BTHQ,

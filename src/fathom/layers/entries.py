@@ -44,7 +44,7 @@ class Entries:
     @classmethod
     def of(cls, step: Step, size: int, stride: int, source: str) -> "Entries":
         """The entries over the rows of stream ``source``, which holds at least ``size`` tokens."""
-        if step.cache is None and step.visible_BTT is not None:
+        if step.cache is None and step.cu_seqlens is not None:
             return cls._packed(step, size, stride)
         positions_BT, places_BT = step.positions_BT, step.places(source)
         length = positions_BT.shape[1]

@@ -168,6 +168,7 @@ class Rope(nn.Module):
     def __init__(self, dim: int, theta: float, scaling: ScalingConfig | None = None) -> None:
         super().__init__()
         self.dim, self.theta, self.scaling = dim, theta, scaling
+        self.name = f"angles of {dim}, {theta}, {scaling}"  # equal for equal rotations
 
     def frequencies(self, total: int, device: torch.device | str | None = None) -> Tensor:
         """Radians per position of each pair, float32 ``[R]``, for ``total`` positions in use."""

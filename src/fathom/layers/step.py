@@ -12,8 +12,11 @@ from torch import Tensor
 
 from fathom.layers.cache import Cache, LayerCache, Whole
 from fathom.layers.rope import Rope
+from fathom.ops.packed_attention import same_document
 
 Value = TypeVar("Value")
+
+LONG_ROW = 2048  # tokens; from here on a causal kernel of its own is worth one more compiled graph
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Step:
     Args:
         positions_BT: place of each token in its document, int64, from 0.
         total: positions in use after this step (equal to T without a cache); a host integer.
-        visible_BTT: True where the token of a row may see the other; None: plain causal.
+        cu_seqlens: int32 ``[N+1]``, borders of packed documents; None: a row is a document.
         cache: this layer's cache, or None.
         selected_BTN: what an indexer below chose for each query, for layers that share it.
         aligned: every row's tokens have the same positions, the last ones in use.
@@ -32,7 +35,7 @@ class Step:
 
     positions_BT: Tensor
     total: int
-    visible_BTT: Tensor | None = None
+    cu_seqlens: Tensor | None = None
     cache: LayerCache | None = None
     selected_BTN: Tensor | None = None
     aligned: bool = False
@@ -49,15 +52,14 @@ class Step:
         """
         batch, length = tokens_BT.shape
         places = torch.arange(length, device=tokens_BT.device)
-        if cu_seqlens is None:
+        one_each = cu_seqlens is not None and len(cu_seqlens) == batch + 1
+        if cu_seqlens is None or (one_each and length >= LONG_ROW):
             return cls(places.expand(batch, -1), total=length, aligned=True)
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # no graph for each number of documents
         flat = torch.arange(batch * length, device=tokens_BT.device, dtype=cu_seqlens.dtype)
-        document = torch.searchsorted(cu_seqlens, flat, right=True) - 1
-        starts = cu_seqlens[document]
+        starts = cu_seqlens[torch.searchsorted(cu_seqlens, flat, right=True) - 1]
         positions_BT = (flat - starts).to(torch.int64).view(batch, length)
-        document_BT = document.view(batch, length)
-        same = document_BT[:, :, None] == document_BT[:, None, :]
-        return cls(positions_BT, total=length, visible_BTT=same & (places[:, None] >= places))
+        return cls(positions_BT, total=length, cu_seqlens=cu_seqlens)
 
     @classmethod
     def cached(cls, tokens_BT: Tensor, cache: Cache, starts_B: Tensor | None = None) -> "Step":
@@ -78,6 +80,17 @@ class Step:
         total = cache.length + length
         return cls(positions_BT, total, aligned=starts_B is None)
 
+    def shorter(self, depth: int) -> "Step":
+        """Whole sequences without the last ``depth`` tokens of each row."""
+        length = self.positions_BT.shape[1]
+        borders = self.cu_seqlens
+        if borders is not None:
+            kept = (borders % length).clamp(max=length - depth)
+            borders = borders // length * (length - depth) + kept
+        return Step(
+            self.positions_BT[:, :-depth], self.total - depth, borders, aligned=self.aligned
+        )
+
     def at(self, cache: LayerCache | None, selected_BTN: Tensor | None = None) -> "Step":
         """The same step as one layer sees it."""
         if cache is None and selected_BTN is None:
@@ -86,16 +99,16 @@ class Step:
 
     def once(self, name: Hashable, make: Callable[[], Value]) -> Value:
         """What all layers share (angles, masks): made by the first that asks for ``name``."""
-        if torch.compiler.is_compiling():  # a graph's own values must not leave it
-            return make()
-        if name not in self.shared:
-            self.shared[name] = make()
-        return cast(Value, self.shared[name])
+        if name in self.shared:
+            return cast(Value, self.shared[name])
+        value = make()
+        if not torch.compiler.is_compiling():  # a graph's own values must not leave it
+            self.shared[name] = value
+        return value
 
     def angles(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin of this step's positions under a rotation."""
-        name = ("angles", rope.dim, rope.theta, rope.scaling)
-        return self.once(name, lambda: rope.angles(self.positions_BT, self.total))
+        return self.once(rope.name, lambda: rope.angles(self.positions_BT, self.total))
 
     def append(
         self, *new: Tensor, names: Sequence[str] | None = None
@@ -124,6 +137,21 @@ class Step:
             return self.cache.stores[name].places(self.positions_BT)
         batch, length = self.positions_BT.shape
         return torch.arange(length, device=self.positions_BT.device).expand(batch, -1)
+
+    def borders(self) -> Tensor:
+        """``cu_seqlens`` of the step's tokens without a cache, also where a row is a document."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens
+        batch, length = self.positions_BT.shape
+        device = self.positions_BT.device
+        return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+    def visible(self) -> Tensor | None:
+        """Which tokens of a row each sees, bool ``[B, T, T]``; None: all before it, and itself."""
+        if self.cu_seqlens is None:
+            return None
+        batch, length = self.positions_BT.shape
+        return self.once("visible", lambda: same_document(self.borders(), batch, length))
 
     def mask(
         self,
@@ -155,7 +183,8 @@ class Step:
     ) -> Tensor | None:
         """The mask over tokens that every layer sees, and none where none is needed."""
         if key_positions_BS is None and window_size is None:
-            return None if self.visible_BTT is None else self.visible_BTT[:, None]
+            visible_BTT = self.visible()
+            return None if visible_BTT is None else visible_BTT[:, None]
         unlimited = window_size is None or window_size >= self.total
         newest = self.aligned and self.positions_BT.shape[1] == 1
         if key_positions_BS is not None and newest and unlimited:
@@ -174,8 +203,8 @@ class Step:
         visible_BTS = distance_BTS >= 0
         if key_positions_BS is not None:
             visible_BTS &= keys_BS[:, None, :] >= 0
-        elif self.visible_BTT is not None:
-            visible_BTS &= self.visible_BTT
+        elif (visible_BTT := self.visible()) is not None:
+            visible_BTS &= visible_BTT
         if window_size is not None:
             visible_BTS &= distance_BTS < window_size
         if slopes_H is None:

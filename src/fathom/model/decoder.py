@@ -21,7 +21,7 @@ from fathom.layers.linear import Embedding, Linear
 from fathom.layers.norm import RMSNorm
 from fathom.layers.step import Step
 from fathom.model.block import Block, BlockOutput
-from fathom.model.mtp import IGNORE, MTPModule, MTPOutput, shorten, targets_ahead
+from fathom.model.mtp import IGNORE, MTPModule, MTPOutput, targets_ahead
 from fathom.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
 from fathom.ops.linear import linear
 
@@ -106,6 +106,9 @@ class Decoder(nn.Module):
         """Run the blocks and the final norm."""
         x_BTD = self.embed(tokens_BT)
         routing, index_losses, selected_BTN = [], [], None
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.prepare(step)
         for index, block in enumerate(self.blocks):
             layer_step = step.at(None if cache is None else cache.layers[index], selected_BTN)
             x_BTD, routed, indexing = self._run(block, x_BTD, layer_step)
@@ -139,7 +142,10 @@ class Decoder(nn.Module):
         for depth, module in enumerate(self.mtp, start=1):
             previous = state if self.cfg.mtp and self.cfg.mtp.post_norm_hidden else before_norm
             embedded = self.embed(tokens_BT[:, depth:])
-            output = module(embedded, previous[:, :-1], shorten(step, depth))
+            assert isinstance(module, MTPModule)
+            shorter = step.shorter(depth)
+            module.block.attention.prepare(shorter)
+            output = module(embedded, previous[:, :-1], shorter)
             yield depth, output
             state, before_norm = output.states_BTD, output.before_norm_BTD
 

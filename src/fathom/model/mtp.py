@@ -51,13 +51,6 @@ class MTPModule(nn.Module):
         return MTPOutput(self.norm(x_BTD), x_BTD, routing, indexing)
 
 
-def shorten(step: Step, depth: int) -> Step:
-    """The step without its last ``depth`` positions, which have no token ``depth`` places ahead."""
-    visible = step.visible_BTT
-    kept = None if visible is None else visible[:, :-depth, :-depth]
-    return Step(step.positions_BT[:, :-depth], step.total - depth, visible_BTT=kept)
-
-
 def targets_ahead(targets_BT: Tensor, positions_BT: Tensor, depth: int) -> Tensor:
     """Targets ``depth`` further on, ``[B, T - depth]``: -100 where another document has begun."""
     ahead = targets_BT[:, depth:]

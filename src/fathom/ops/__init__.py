@@ -14,6 +14,7 @@ from fathom.ops.experts import EXPERTS, experts
 from fathom.ops.grouped_mm import GROUPED_MM, grouped_mm
 from fathom.ops.indexer import INDEX_LOSS, INDEX_TOPK, index_loss, index_topk
 from fathom.ops.norm import rms_norm
+from fathom.ops.packed_attention import PACKED_ATTENTION, packed_attention
 from fathom.ops.permute import PERMUTE, Permutation, combine, gather, sort_by_expert
 from fathom.ops.range_attention import RANGE_ATTENTION, range_attention
 from fathom.ops.registry import Impl, Implementations, choose, no_kernel, takes_all
@@ -43,6 +44,7 @@ __all__ = [
     "index_loss",
     "index_topk",
     "linear_cross_entropy",
+    "packed_attention",
     "range_attention",
     "rms_norm",
     "rotate",
@@ -70,6 +72,7 @@ OPS = {
     "index_loss": INDEX_LOSS,
     "index_topk": INDEX_TOPK,
     "norm": _plain("norm"),
+    "packed_attention": PACKED_ATTENTION,
     "permute": PERMUTE,
     "range_attention": RANGE_ATTENTION,
     "rope": _plain("rope"),
