@@ -1,10 +1,10 @@
 """The large versions of the reliability tests, on the filesystems of this machine.
 
-Writers killed during saves, damaged files, and a save broken at every system call
-(``tests/faults.c``) in each of the folders named.
+Writers killed during saves, alone and four together, damaged files, and a save broken at every
+system call (``tests/faults.c``), in each of the folders named.
 
-    python benchmarks/chaos.py --folders /dev/shm /var/tmp [--kills 20000] [--flips 100000]
-                               [--minutes 10]
+    python benchmarks/chaos.py --folders /dev/shm /var/tmp [--kills 20000] [--rank-kills 500]
+                               [--flips 100000] [--minutes 10]
 """
 
 import argparse
@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folders", type=Path, nargs="+", default=[Path("/dev/shm")])
     parser.add_argument("--kills", type=int, default=20_000)
+    parser.add_argument("--rank-kills", type=int, default=500)
     parser.add_argument("--flips", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=10, help="for each kind in each folder")
     args, _ = parser.parse_known_args()
     if "faults" not in os.environ.get("LD_PRELOAD", ""):
         sys.exit(run_with_faults())
     torch.set_num_threads(1)
-    rows = [
-        one
-        for folder in args.folders
-        for one in measured(folder, args.kills, args.flips, 60 * args.minutes)
-    ]
+    wanted = {
+        "SIGKILL during saves": (kill_saves, args.kills),
+        "SIGKILL of one or all of four ranks during saves": (
+            partial(kill_saves, ranks=4),
+            args.rank_kills,
+        ),
+        "bit flips and cuts": (spoil_files, args.flips),
+    }
+    rows = [one for folder in args.folders for one in measured(folder, wanted, 60 * args.minutes)]
     write("chaos", rows, limits())
 
 
@@ -59,26 +65,25 @@ def run_with_faults() -> int:
         )
 
 
-def measured(folder: Path, kills: int, flips: int, seconds: float) -> Iterator[dict[str, Any]]:
+def measured(
+    folder: Path, wanted: Mapping[str, tuple[Callable[..., Tally], int]], seconds: float
+) -> Iterator[dict[str, Any]]:
     """The rows of one folder."""
     work = Path(tempfile.mkdtemp(prefix="fathom-chaos-", dir=folder))
     name, taken = filesystem(folder), a_checkpoint()
     found = every_point(work)
     trials = sum(found["outcomes"].values())
     yield counted(name, "a save broken at every system call", trials, found["failures"])
-    for what, do, wanted in (
-        ("SIGKILL during saves", kill_saves, kills),
-        ("bit flips and cuts", spoil_files, flips),
-    ):
+    for what, (do, times) in wanted.items():
         total, begun = Tally(), time.monotonic()
-        while total.tries < wanted and time.monotonic() - begun < seconds:
-            tally = do(clear(work / "run"), taken, min(AT_ONCE, wanted - total.tries), total.tries)
+        while total.tries < times and time.monotonic() - begun < seconds:
+            tally = do(clear(work / "run"), taken, min(AT_ONCE, times - total.tries), total.tries)
             total.tries += tally.tries
             total.hit += tally.hit
             total.failures += tally.failures
         if total.tries:
             yield counted(name, what, total.tries, total.failures)
-            print(name, what, total.tries, "of", wanted, "in the middle:", total.hit, flush=True)
+            print(name, what, total.tries, "of", times, "in the middle:", total.hit, flush=True)
     shutil.rmtree(work)
 
 

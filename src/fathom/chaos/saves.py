@@ -4,16 +4,15 @@ What must hold afterwards: the newest checkpoint is whole, and no older than the
 writer knew to be committed.
 """
 
-import os
 import random
 import shutil
-import struct
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fathom.chaos.children import Child
+from fathom.chaos.writers import Writers
 from fathom.convert.run_folder import (
+    CHECKPOINTS,
     CheckpointError,
     checkpoint_path,
     committed,
@@ -39,51 +38,29 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
 
-def kill_saves(run: Path, taken: Snapshot, kills: int, seed: int = 0) -> Tally:
-    """Kill a process that saves without pause, at random moments, and look what is left.
+def kill_saves(run: Path, taken: Snapshot, kills: int, seed: int = 0, *, ranks: int = 1) -> Tally:
+    """Kill processes that save without pause, at random moments, and look what is left.
 
     Args:
         run: an empty folder on the filesystem in question.
         taken: what is saved, under ever higher steps.
+        ranks: how many save together. One of them is killed, and the others must leave by
+            themselves; or, every other time, all are.
     """
-    draw, tally = random.Random(seed), Tally()
-    save(run, replace(taken, step=0))
-    begun = time.perf_counter()
-    save(run, replace(taken, step=1))
-    one_save = time.perf_counter() - begun
-    for _ in range(kills):
-        reader, writer = os.pipe()
-        first = step_of(committed(run)[-1]) + 1
-        child = Child(lambda first=first, to=writer: _save_for_ever(run, taken, first, to))
-        os.close(writer)
-        os.read(reader, 8)  # it has begun
-        child.kill_after(draw.uniform(0, 2.5 * one_save))
-        known = max(_last_number(reader), first - 1)
+    draw, tally, step, one_save = random.Random(seed), Tally(), 0, 0.0
+    save(run, replace(taken, step=step))
+    for number in range(kills):
+        writers = Writers(run, taken, first=step + 1, ranks=ranks)
+        writers.wait()
+        one_save = one_save or writers.wait()
+        time.sleep(draw.uniform(0, 2.5 * one_save))
         tally.tries += 1
-        tally.hit += any(".tmp-" in path.name for path in (run / "checkpoints").iterdir())
-        problem = _look(run, at_least=known)
+        tally.hit += any(".tmp-" in path.name for path in (run / CHECKPOINTS).iterdir())
+        victims = range(ranks) if number % 2 else [draw.randrange(ranks)]
+        problem = writers.kill(victims) or _look(run, at_least=writers.known)
         tally.failures += [problem] if problem else []
+        step = step_of(committed(run)[-1])
     return tally
-
-
-def _save_for_ever(run: Path, taken: Snapshot, first: int, to: int) -> int:
-    """Save step after step; after each, tell its number."""
-    os.write(to, struct.pack("q", first - 1))
-    step = first
-    while True:
-        save(run, replace(taken, step=step, state={**taken.state, "step": step}))
-        os.write(to, struct.pack("q", step))
-        step += 1
-
-
-def _last_number(reader: int) -> int:
-    """The last whole number in a pipe whose writer is gone; -1 if there is none."""
-    content = b""
-    while piece := os.read(reader, 65536):
-        content += piece
-    os.close(reader)
-    numbers = [number for (number,) in struct.iter_unpack("q", content[: len(content) // 8 * 8])]
-    return numbers[-1] if numbers else -1
 
 
 def _look(run: Path, at_least: int) -> str | None:
