@@ -51,7 +51,7 @@ def main() -> None:
         "bit flips and cuts": (spoil_files, args.flips),
     }
     rows = [one for folder in args.folders for one in measured(folder, wanted, 60 * args.minutes)]
-    write("chaos", rows, limits())
+    write("chaos" if args.kills else "chaos_ranks", rows, limits())
 
 
 def run_with_faults() -> int:

@@ -30,6 +30,7 @@ class Ranks:
 
     def kill(self, rank: int) -> None:
         self.watches[rank]._over.set()
+        self.watches[rank]._done.set()
 
 
 @pytest.fixture
@@ -38,6 +39,15 @@ def ranks():
     yield found
     for watch in found.watches:
         watch.stop()
+
+
+def test_a_rank_that_is_gone_before_its_first_beat_is_named_too(capsys):
+    ended = threading.Event()
+    alone = Watch(HashStore(), 0, 2, lambda: 5, end=ended.set, **QUICK)
+    alone.start()
+    assert ended.wait(10)
+    alone.stop()
+    assert "rank 1 was not heard of for 0.4 seconds; ending" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dead", range(3))
@@ -77,6 +87,45 @@ def test_a_rank_that_leaves_well_is_not_missed(ranks):
     ranks.watches[1].stop()
     time.sleep(0.5)
     assert not any(event.is_set() for event in ranks.ended)
+
+
+class Unanswering(HashStore):
+    """A store on the other side of a network that is down from some moment on."""
+
+    down = False
+
+    def add(self, key: str, value: int) -> int:
+        self.wait_until_up()
+        return super().add(key, value)
+
+    def set(self, key: str, value: str) -> None:
+        self.wait_until_up()
+        super().set(key, value)
+
+    def wait_until_up(self) -> None:
+        while self.down:
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("leaving", [False, True], ids=["in a step", "at the end"])
+def test_a_store_that_never_answers_ends_the_rank_that_asks(capsys, leaving):
+    store, ended = Unanswering(), threading.Event()
+    store.set("left.0", "1")
+    watch = Watch(store, 1, 2, lambda: 5, end=ended.set, **QUICK)
+    watch.start()
+    time.sleep(0.1)
+    store.down = True
+    stop = threading.Thread(target=watch.stop)
+    if leaving:
+        stop.start()
+    assert ended.wait(10)
+    assert capsys.readouterr().err == (
+        "rank 1: no answer in 0.4 seconds, is the network up? ending\n"
+    )
+    store.down = False
+    if not leaving:
+        stop.start()
+    stop.join()
 
 
 def test_errors_of_exchanges_are_told_from_others():

@@ -31,33 +31,49 @@ class Child:
         sys.stderr.flush()
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             self.pid = os.fork()
+        self.code: int | None = None  # None: it runs, as far as anyone has looked
         if self.pid == 0:
             _be_child(work, log)
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        """A signal, which one that has ended no longer hears."""
+        if self.code is None:
+            os.kill(self.pid, number)
 
     def wait(self) -> int:
         """Its exit code; minus the number of the signal that ended it."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
 
     def wait_at_most(self, seconds: float) -> int | None:
         """The same, or None if it still runs then."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while self.code is None and time.monotonic() < until:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.002)
-        return None
+                self.code = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.002)
+        return self.code
 
     def kill_after(self, seconds: float) -> int:
         """Its exit code: it ended by itself before, or is killed then."""
-        code = self.wait_at_most(seconds)
-        if code is not None:
-            return code
-        self.send(signal.SIGKILL)
+        if self.wait_at_most(seconds) is None:
+            self.send(signal.SIGKILL)
         return self.wait()
+
+
+def placed(work: Callable[[], int], rank: int, size: int, port: int) -> Callable[[], int]:
+    """The same work for one of ``size`` processes, in the environment that ``torchrun`` gives."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def there() -> int:
+        os.environ.update({name: str(value) for name, value in place.items()})
+        return work()
+
+    return there
 
 
 def _be_child(work: Callable[[], int], log: Path | None) -> None:

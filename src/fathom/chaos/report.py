@@ -1,18 +1,22 @@
 """``fathom chaos``: all of it on one's own machine and filesystem, as a table."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from fathom.chaos.runs import SCENARIOS, begin, shortened
+import fathom.parallel.shard  # noqa: F401  here, so that no forked rank has to: it takes a second
+from fathom.chaos import ranks, runs
+from fathom.chaos.field import Scenario, begin, shortened
 from fathom.chaos.saves import Tally, clear, kill_saves, spoil_files
-from fathom.data.dataset import open_dataset
+from fathom.config import ParallelConfig
+from fathom.data.dataset import Dataset, open_dataset
 from fathom.data.tokenizer import Tokenizer
 from fathom.layers.base import require
 from fathom.model import build_model
+from fathom.settings import ConfigError
 from fathom.train.checkpoint import Parts, Snapshot, snapshot
 from fathom.train.config import RunConfig
 from fathom.train.guards import SpikeGuard
@@ -56,14 +60,15 @@ def chaos(
     torch.set_num_threads(1)
     dataset = open_dataset(cfg.data)
     check_vocabulary(cfg, dataset)
-    cfg = shortened(cfg, steps)
-    field = begin(cfg, folder / "runs", dataset, seed)
-    for scenario in SCENARIOS:
-        if only in (None, scenario.__name__):
-            problem = scenario(field, field.folder / scenario.__name__)
-            about = str(scenario.__doc__).splitlines()[0].rstrip(".")
-            skipped = (problem or "").startswith("not done")
-            yield Row(about, int(not skipped), int(problem is None), problem or "")
+    cfg = shortened(replace(cfg, parallel=ParallelConfig()), steps)
+    arena = folder, dataset, seed, only
+    yield from _played(runs.SCENARIOS, cfg, *arena)
+    try:
+        several = ranks.together(cfg)
+    except ConfigError as error:
+        yield Row(f"{ranks.RANKS} ranks under fire", 0, 0, f"not done: {error}")
+    else:
+        yield from _played(ranks.SCENARIOS, several, *arena)
     taken = _taken(cfg, dataset.tokenizer)
     for about, name, times, do in (
         ("a process killed while it saves without pause", "saves", kills, kill_saves),
@@ -71,6 +76,26 @@ def chaos(
     ):
         if only in (None, name) and times:
             yield _row(about, do(clear(folder / name), taken, times, seed))
+
+
+def _played(
+    scenarios: Sequence[Scenario],
+    cfg: RunConfig,
+    folder: Path,
+    dataset: Dataset,
+    seed: int,
+    only: str | None,
+) -> Iterator[Row]:
+    """A row for each scenario that is wanted; the run to which none happens is trained first."""
+    wanted = [scenario for scenario in scenarios if only in (None, scenario.__name__)]
+    if not wanted:
+        return
+    field = begin(cfg, folder / f"of-{cfg.parallel.world}", dataset, seed)
+    for scenario in wanted:
+        problem = scenario(field, field.folder / scenario.__name__)
+        about = str(scenario.__doc__).splitlines()[0].rstrip(".")
+        skipped = (problem or "").startswith("not done")
+        yield Row(about, int(not skipped), int(problem is None), problem or "")
 
 
 def _row(about: str, tally: Tally) -> Row:

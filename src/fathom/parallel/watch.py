@@ -3,7 +3,8 @@
 Every rank has a heart, a thread that counts up in the run's store once a second, and listens to the
 heart of the next rank. A heart that stops (the process has died, or is stopped) ends all ranks. A
 rank whose heart beats but for which others wait is named and left alone: it may be saving a large
-checkpoint, and ``parallel.timeout`` says how long that may take.
+checkpoint, and ``parallel.timeout`` says how long that may take. A store that does not answer (the
+network is down: nothing is refused, nothing comes) ends the rank that asks.
 """
 
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch.distributed.distributed_c10d import Store
 
@@ -47,12 +49,15 @@ class Watch:
         self.beat, self.silence = beat, silence
         self.heart, self.theirs, self.ours = Still(), Still(), Still()
         self.named = -1  # what the next rank had passed when it was last named
-        self._over = threading.Event()
+        self._answered = time.monotonic()
+        self._over, self._done = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._other = threading.Thread(target=self._run_beside, name="watch-store", daemon=True)
 
     def start(self) -> None:
         """Begin to beat and to listen."""
         self._thread.start()
+        self._other.start()
 
     def stop(self, error: BaseException | None = None) -> None:
         """End well; or because of an ``error``, which ends the others too.
@@ -64,15 +69,16 @@ class Watch:
             self._thread.join(2 * self.silence)
         self._over.set()
         self._thread.join()
-        try:
+        with suppress(RuntimeError):  # the store has gone, with the rank that held it
             if error is not None:
                 self._give_up(self.rank, "ended with an error")
             self.store.set(f"left.{self.rank}", "1")
-        except RuntimeError:  # the store has gone, with the rank that held it
-            return
+        self._done.set()
+        self._other.join()
 
     def _run(self) -> None:
-        while not self._over.wait(self.beat):
+        verdict = None
+        while verdict is None:
             try:
                 verdict = self._beat()
                 if verdict is None:
@@ -81,8 +87,18 @@ class Watch:
                 if self._over.wait(3 * self.beat):
                     return
                 verdict = "rank 0, or what started it, has ended"
-            if verdict is not None:
-                say(self.rank, f"{verdict}; ending")
+            self._answered = time.monotonic()
+            if verdict is None and self._over.wait(self.beat):
+                return
+        self._done.set()
+        say(self.rank, f"{verdict}; ending")
+        self.end()
+
+    def _run_beside(self) -> None:
+        """Look after the other thread, which an answer that never comes would hold for ever."""
+        while not self._done.wait(self.beat):
+            if time.monotonic() - self._answered > self.silence:
+                say(self.rank, f"no answer in {self.silence:g} seconds, is the network up? ending")
                 self.end()
                 return
 
@@ -94,10 +110,12 @@ class Watch:
 
     def _listen(self) -> None:
         """Give up the next rank if its heart is still; name it if this one waits for it."""
-        if self.store.check([f"left.{self.next}"]) or not self.store.check([f"passed.{self.next}"]):
+        if self.store.check([f"left.{self.next}"]):
             return
         if self.heart.seconds(self.store.add(f"heart.{self.next}", 0)) > self.silence:
             self._give_up(self.next, f"was not heard of for {self.silence:g} seconds")
+            return
+        if not self.store.check([f"passed.{self.next}"]):
             return
         mine, passed = self.passed(), int(self.store.get(f"passed.{self.next}"))
         waited = min(self.theirs.seconds(passed), self.ours.seconds(mine))
