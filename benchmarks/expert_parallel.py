@@ -33,7 +33,7 @@ from fathom.presets import preset
 from fathom.sizing.parallel import parallel_size
 from fathom.train.config import TrainConfig
 from fathom.train.metrics import Sums
-from fathom.train.optim import Optimizer, clip_gradients
+from fathom.train.optim import Optimizer, clip_factor, gradient_norm
 
 ROWS = {"moe-1.25b": (8, 2048), "v2-lite-8l": (4, 4096), "tiny-deepseek": (4, 64)}  # a GPU's, long
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,8 +82,7 @@ def make_step(case: str, rows: int, layout: Layout, *, compiled: bool) -> Callab
         losses.total.backward()
         sums.add(losses)
         sums.over_ranks(layout)
-        clip_gradients(model, 1.0, layout)
-        optimizer.step(1e-4, skip)
+        optimizer.step(1e-4, skip, clip_factor(gradient_norm(model, layout), 1.0))
         model.update_expert_bias(sums.counts)
         model.zero_grad(set_to_none=True)
 

@@ -23,7 +23,7 @@ from fathom.model import build_model
 from fathom.presets import preset
 from fathom.settings import override, parse, to_data
 from fathom.train.config import read_run_config
-from fathom.train.optim import Optimizer, clip_gradients
+from fathom.train.optim import Optimizer, clip_factor, gradient_norm
 
 ROWS, LENGTH, PAIRS = 16, 256, 12
 
@@ -107,8 +107,8 @@ def our_step(cfg: ModelConfig, tokens: Tensor, targets: Tensor) -> Callable[[], 
     def step() -> None:
         losses = model.loss(tokens, targets, denominator=tokens.numel())
         losses.total.backward()
-        clip_gradients(model, 1.0)
-        optimizer.step(1e-3, torch.zeros(()))
+        scale = clip_factor(gradient_norm(model), 1.0)
+        optimizer.step(1e-3, torch.zeros(()), scale)
         model.update_expert_bias([routed.tokens_per_expert for routed in losses.routing])
         model.zero_grad()
 

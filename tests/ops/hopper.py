@@ -26,11 +26,12 @@ class Source:
     """A kernel and what it is compiled for.
 
     ``arguments``: by name a type ("*bf16", "i32", "fp32"; "i32:16" is a multiple of 16), or the
-    value of a constexpr. Pointers are taken to be aligned to 16 bytes, as those of tensors are.
+    value of a constexpr; a tuple has a type for each of its parts. Pointers are taken to be aligned
+    to 16 bytes, as those of tensors are.
     """
 
     kernel: str  # "package.module:function"
-    arguments: Mapping[str, str | int | float | bool | None]
+    arguments: Mapping[str, str | int | float | bool | tuple[str, ...] | None]
     options: Mapping[str, int] = field(default_factory=dict)  # num_warps, num_stages, maxnreg
 
 
@@ -43,6 +44,7 @@ class Built:
     spilled: int  # bytes of a thread's stack: 0 if all fits in registers
     shared: int  # bytes of a block
     wgmma: bool  # uses Hopper's matrix instructions; False: the older ones or none
+    widest: int  # bytes that a thread loads from global memory at once
 
 
 def build(*sources: Source) -> list[Built]:
@@ -75,16 +77,28 @@ def _compile(kernel: str, arguments: Mapping, options: Mapping) -> Built:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.arg_names):
         value = arguments[parameter]
-        constexpr = function.params[i].is_constexpr or not isinstance(value, str)
-        signature[parameter] = "constexpr" if constexpr else value.removesuffix(":16")
+        constexpr = function.params[i].is_constexpr or not isinstance(value, str | list)
+        signature[parameter] = "constexpr" if constexpr else _type(value)
         if constexpr:
             constants[(i,)] = value
+        elif isinstance(value, list):
+            continue
         elif value.startswith("*") or value.endswith(":16"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
     registers, stack = _resources(built.asm["cubin"])
-    return Built(kernel, registers, stack, built.metadata.shared, "wgmma" in built.asm["ptx"])
+    ptx = built.asm["ptx"]
+    return Built(kernel, registers, stack, built.metadata.shared, "wgmma" in ptx, _widest(ptx))
+
+
+def _type(value: str | list[str]) -> str | tuple[str, ...]:
+    return value.removesuffix(":16") if isinstance(value, str) else tuple(value)
+
+
+def _widest(ptx: str) -> int:
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return max((int(parts or 1) * int(bits) // 8 for parts, bits in loads), default=0)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from fathom.ops.proof import PROVEN, proves, settle
 from fathom.ops.registry import HAS_TRITON
 
 CPU = torch.device("cpu")
+adamw = import_module("fathom.ops.adamw")
 experts = import_module("fathom.ops.experts")  # the package has functions of these names
 cross_entropy = import_module("fathom.ops.cross_entropy")
 
@@ -70,7 +71,7 @@ def test_what_is_asked_for_is_not_checked(impl):
 @pytest.mark.skipif(
     not HAS_TRITON or torch.cuda.is_available(), reason="kernels are interpreted without CUDA"
 )
-@pytest.mark.parametrize("op", [experts, cross_entropy])
+@pytest.mark.parametrize("op", [adamw, experts, cross_entropy])
 def test_the_checks_of_the_kernels_pass_in_float32(op, monkeypatch):
     def wide(*shape, device, dtype=None):
         return random(*shape, device=device, dtype=torch.float32)
@@ -94,7 +95,7 @@ def test_a_loss_whose_kernel_failed_has_the_same_gradients(proven, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["experts", "cross_entropy", "router"])
+@pytest.mark.parametrize("op", ["adamw", "experts", "cross_entropy", "router"])
 def test_the_kernels_prove_themselves_here(op):
     check = import_module(f"fathom.ops.{op}")._check
     assert proves(check, torch.device("cuda", torch.cuda.current_device()))

@@ -1,6 +1,7 @@
 """AdamW and Muon: equal to torch's, each matrix of a stack on its own, and nothing when skipped."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from fathom.train.config import TrainConfig
 from fathom.train.optim import (
     Muon,
     Optimizer,
-    clip_gradients,
+    clip_factor,
+    gradient_norm,
     is_hidden_matrix,
     matrices,
     orthogonal,
@@ -220,18 +222,32 @@ def test_a_parameter_without_a_gradient_stays(model, name):
     assert torch.equal(weight, before)
 
 
-def test_clipping_scales_all_gradients_and_returns_the_norm_before(model):
-    fill_gradients(model, 0)
-    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    norm = clip_gradients(model, 2.0)
-    torch.testing.assert_close(norm, flat.norm())
-    clipped = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(clipped, flat * 2 / flat.norm(), rtol=1e-5, atol=1e-7)
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_without_clipping_the_norm_is_still_measured(model):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_clipped_step_is_that_of_gradients_which_were_clipped_before(model, name):
+    twin = deepcopy(model)
+    cfg = TrainConfig(steps=1, optimizer=name, eps=1e-3)  # so that the gradients' size matters
+    ours, theirs = Optimizer(model, cfg), Optimizer(twin, cfg)
     fill_gradients(model, 0)
-    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    norm = clip_gradients(model, 0)
-    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in before]).norm())
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    fill_gradients(twin, 0)
+    norm = gradient_norm(model)
+    before = torch.nn.utils.clip_grad_norm_(twin.parameters(), 2.0, foreach=True)
+    assert torch.equal(norm, before)
+    ours.step(1e-2, KEEP, clip_factor(norm, 2.0))
+    theirs.step(1e-2, KEEP)
+    assert same(snapshot(model, ours), snapshot(twin, theirs))
+
+
+def test_small_gradients_are_not_scaled_up_and_nothing_is_without_clipping():
+    assert clip_factor(torch.tensor(0.5), 1.0) == 1
+    assert clip_factor(torch.tensor(4.0), 1.0) == pytest.approx(0.25)
+    assert clip_factor(torch.tensor(4.0), 0) is None
+
+
+def test_the_norm_is_that_of_all_gradients_together(model):
+    fill_gradients(model, 0)
+    flat = torch.cat([grad.flatten() for grad in gradients(model)])
+    torch.testing.assert_close(gradient_norm(model), flat.norm())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fathom.ops.adamw import ADAMW, adamw
 from fathom.ops.attention import ATTENTION, attention
 from fathom.ops.block_attention import BLOCK_ATTENTION, block_attention
 from fathom.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy, token_cross_entropy
@@ -33,6 +34,7 @@ __all__ = [
     "Impl",
     "OpRow",
     "Permutation",
+    "adamw",
     "attention",
     "best_experts",
     "block_attention",
@@ -64,6 +66,7 @@ def _plain(op: str) -> Implementations:
 
 
 OPS = {
+    "adamw": ADAMW,
     "attention": ATTENTION,
     "block_attention": BLOCK_ATTENTION,
     "cross_entropy": CROSS_ENTROPY,

@@ -7,7 +7,7 @@ that can run; a forced one is honoured or refused with a sentence, never swapped
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
@@ -108,6 +108,7 @@ def op(
     *,
     fake: Callable[..., Any],
     flops: Callable[..., int],
+    mutates: Sequence[str] = (),
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
@@ -120,6 +121,7 @@ def op(
         name: the op's name.
         fake: called as the function is; tensors of the same shape, dtype and strides, uncomputed.
         flops: called as the function is, with shapes for tensors; 2 per multiply-add.
+        mutates: the names of arguments that it changes in place.
         setup: ``setup(ctx, inputs, output)`` keeps what the backward needs.
         backward: ``backward(ctx, *grads)`` gives a gradient or None for each argument.
     """
@@ -131,7 +133,7 @@ def op(
             with torch.cuda.device_of(next(t for t in leaves if isinstance(t, Tensor))):
                 return function(*args, **kwargs)
 
-        custom = torch.library.custom_op(f"fathom::{name}", on_its_device, mutates_args=())
+        custom = torch.library.custom_op(f"fathom::{name}", on_its_device, mutates_args=mutates)
         custom.register_fake(fake)
         if backward is not None:
             custom.register_autograd(backward, setup_context=setup)

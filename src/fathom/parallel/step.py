@@ -80,11 +80,8 @@ def cuts(size: int, parts: int) -> list[int]:
     return [min(piece, max(size - piece * part, 0)) for part in range(parts)]
 
 
-def clip_gradients(model: nn.Module, highest: float, layout: Layout) -> Tensor:
-    """Scale the gradients of all ranks to a norm of at most ``highest`` (0: any); the norm before.
-
-    A part that several ranks hold counts once: each adds its share.
-    """
+def gradient_norm(model: nn.Module, layout: Layout) -> Tensor:
+    """The norm of the gradients of all ranks; a part that several hold counts once."""
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for name, weight in model.named_parameters():
         if weight.grad is not None:
@@ -93,12 +90,7 @@ def clip_gradients(model: nn.Module, highest: float, layout: Layout) -> Tensor:
         torch.nn.utils.get_total_norm(grads, foreach=True).double().square() / copies
         for copies, grads in by_copies.items()
     ]
-    norm = layout.sum(torch.stack(squares).sum()).sqrt()
-    if highest:
-        factor = (highest / (norm + 1e-6)).clamp(max=1.0)
-        for grads in by_copies.values():
-            torch._foreach_mul_(grads, factor)  # pyright: ignore
-    return norm
+    return layout.sum(torch.stack(squares).sum()).sqrt()
 
 
 def n_copies(name: str, layout: Layout) -> int:

@@ -16,20 +16,21 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.optim.adamw import adamw
 
+from fathom.ops import adamw
 from fathom.parallel import ALONE, Layout, step
 from fathom.parallel.mesh import local
 from fathom.settings import ConfigError
 from fathom.train.config import TrainConfig
 
+KINDS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW's state
 NS_STEPS = 5
 MAX_BATCH = 2**28  # numbers; a step holds a few bfloat16 copies of one batch
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class AdamW:
-    """Decoupled weight decay and Adam's moments, by torch's fused kernel.
+    """Decoupled weight decay and Adam's moments; its step is ``ops/adamw.py``'s.
 
     Args:
         params: by name.
@@ -44,42 +45,27 @@ class AdamW:
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        self.params, self.betas, self.eps = params, betas, eps
-        self.names_by_decay: dict[float, list[str]] = defaultdict(list)
-        for name in params:
-            self.names_by_decay[decay[name]].append(name)
+        self.params, self.decay, self.betas, self.eps = params, decay, betas, eps
         self.state = {
             **{f"exp_avg.{name}": torch.zeros_like(local(p)) for name, p in params.items()},
             **{f"exp_avg_sq.{name}": torch.zeros_like(local(p)) for name, p in params.items()},
             **{f"step.{name}": torch.zeros((), device=p.device) for name, p in params.items()},
         }
 
-    def step(self, lr: float, skip: Tensor) -> None:
-        """One update at rate ``lr``; none where ``skip`` is 1."""
-        for decay, names in self.names_by_decay.items():
-            names = [name for name in names if self.params[name].grad is not None]
-            adamw(
-                [local(self.params[name]) for name in names],
-                [self._grad(name) for name in names],
-                [self.state[f"exp_avg.{name}"] for name in names],
-                [self.state[f"exp_avg_sq.{name}"] for name in names],
-                [],
-                [self.state[f"step.{name}"] for name in names],
-                fused=True,
-                found_inf=skip,
-                amsgrad=False,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                lr=lr,
-                weight_decay=decay,
-                eps=self.eps,
-                maximize=False,
-            )
-
-    def _grad(self, name: str) -> Tensor:
-        grad = self.params[name].grad
-        assert grad is not None
-        return local(grad)
+    def step(self, lr: float | Tensor, skip: Tensor, scale: Tensor | None = None) -> None:
+        """See :meth:`Optimizer.step`."""
+        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        adamw(
+            [local(self.params[name]) for name in grads],
+            [local(grad) for grad in grads.values()],
+            *([self.state[f"{kind}.{name}"] for name in grads] for kind in KINDS),
+            decays=[self.decay[name] for name in grads],
+            lr=lr,
+            betas=self.betas,
+            eps=self.eps,
+            skip=skip,
+            scale=scale,
+        )
 
 
 class Muon:
@@ -124,11 +110,13 @@ class Muon:
             numbers[alike] += weight.numel()
         return list(groups.values())
 
-    def step(self, lr: float, skip: Tensor) -> None:
-        """One update at rate ``lr``; none where ``skip`` is 1."""
+    def step(self, lr: float | Tensor, skip: Tensor, scale: Tensor | None = None) -> None:
+        """See :meth:`Optimizer.step`."""
         live = 1 - skip
         for names, momentum_KMN in self.batches:
             grad_KMN = torch.cat([self._grad(name) for name in names])
+            if scale is not None:
+                grad_KMN.mul_(scale)
             grad_KMN = torch.where(live > 0, grad_KMN, 0)  # not grad * live: NaN * 0 is NaN
             momentum_KMN.lerp_(grad_KMN, (1 - self.momentum) * live.to(grad_KMN.dtype))
             sample = self.params[names[0]]
@@ -138,8 +126,8 @@ class Muon:
                 update_KMN = orthogonal(target_KMN)
             else:
                 update_KMN = step.over_whole(orthogonal, target_KMN, height, self.group)
-            scale = 0.2 * math.sqrt(max(height, width))
-            update_KMN = update_KMN.to(grad_KMN.dtype) * (scale * lr * live)
+            rate = 0.2 * math.sqrt(max(height, width)) * lr
+            update_KMN = update_KMN.to(grad_KMN.dtype) * (rate * live)
             sizes = [len(self.state[f"momentum.{name}"]) for name in names]
             parts = zip(names, update_KMN.split(sizes), strict=True)
             moved = [
@@ -208,10 +196,16 @@ class Optimizer:
             self.parts.append(Muon(matrices, group=layout.shard_group, **decayed))
 
     @torch.no_grad()
-    def step(self, lr: float, skip: Tensor) -> None:
-        """One update at rate ``lr``; none where ``skip`` is 1."""
+    def step(self, lr: float | Tensor, skip: Tensor, scale: Tensor | None = None) -> None:
+        """One update by ``scale`` times the gradients, which are of no use afterwards.
+
+        Args:
+            lr: rate.
+            skip: scalar; 1: nothing changes, else 0.
+            scale: scalar, see :func:`clip_factor`; None: 1.
+        """
         for part in self.parts:
-            part.step(lr, skip)
+            part.step(lr, skip, scale)
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, by name: the live tensors, not copies."""
@@ -235,14 +229,17 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(any(fnmatch.fnmatchcase(name, p) for p in patterns))
 
 
-def clip_gradients(model: nn.Module, highest: float, layout: Layout = ALONE) -> Tensor:
-    """Scale all gradients to a global norm of at most ``highest`` (0: any); the norm before."""
+def gradient_norm(model: nn.Module, layout: Layout = ALONE) -> Tensor:
+    """The norm of all gradients of all ranks together, a scalar on the device."""
     if layout.world > 1:
-        return step.clip_gradients(model, highest, layout)
-    if highest == 0:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads, foreach=True)
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), highest, foreach=True)
+        return step.gradient_norm(model, layout)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads, foreach=True)
+
+
+def clip_factor(norm: Tensor, highest: float) -> Tensor | None:
+    """What gradients of this norm are multiplied by to have at most the ``highest`` (0: any)."""
+    return (highest / (norm + 1e-6)).clamp(max=1.0) if highest else None
 
 
 def is_hidden_matrix(name: str, weight: Tensor) -> bool:

@@ -23,7 +23,7 @@ from fathom.train import checkpoint
 from fathom.train.config import RunConfig
 from fathom.train.guards import SpikeGuard, bits
 from fathom.train.metrics import Sums
-from fathom.train.optim import Optimizer, clip_gradients, freeze_all_but
+from fathom.train.optim import Optimizer, clip_factor, freeze_all_but, gradient_norm
 from fathom.train.schedule import lr_factor, rows_at
 
 
@@ -89,10 +89,10 @@ class Learner:
         sums = self.gradients(batches, n_targets)
         differs = self.repeat(batches, n_targets)
         sums.over_ranks(self.layout)
-        grad_norm = clip_gradients(self.model, cfg.grad_clip, self.layout)
+        grad_norm = gradient_norm(self.model, self.layout)
         verdict = self.guard.judge(sums.losses["total_loss"], grad_norm)
         skip = verdict["not_finite"] + verdict["spike"]  # never both
-        self.optimizer.step(lr, skip)
+        self.optimizer.step(lr, skip, clip_factor(grad_norm, cfg.grad_clip))
         if not cfg.only:
             self.model.update_expert_bias([counts * (skip == 0) for counts in sums.counts])
         self.model.zero_grad(set_to_none=True)
