@@ -41,6 +41,20 @@ def test_aux_loss_of_a_batch_by_hand():
     assert loss.item() == pytest.approx(0.10125, rel=1e-12)
 
 
+def test_aux_loss_over_the_step_counts_the_micro_batches_before_by_hand():
+    # counts (2, 1, 1) + (0, 4, 0) = (2, 5, 1), f = 3/8 of it; P = (.35, .40, .25)
+    moe = MoEConfig(
+        n_routed_experts=3,
+        top_k=1,
+        inter_dim=2,
+        balance=(AuxLoss(aux_loss_coeff=1.0, over="step"), AuxLoss(aux_loss_coeff=1.0)),
+    ).build(4)
+    assert moe.balance_loss(CHOICE, 2).item() == pytest.approx(2 * 1.0125, rel=1e-12)
+    moe.counts_before = torch.tensor([0, 4, 0])
+    over_step = 3 / 8 * (2 * 0.35 + 5 * 0.40 + 0.25)
+    assert moe.balance_loss(CHOICE, 2).item() == pytest.approx(over_step + 1.0125, rel=1e-12)
+
+
 def test_sequence_wise_loss_of_two_rows_by_hand():
     loss = SeqAuxLoss(seq_aux_loss_coeff=0.1).loss(CHOICE, batch_size=2)
     assert loss.item() == pytest.approx(0.1 * (1.65 + 1.275) / 2, rel=1e-12)

@@ -1,6 +1,7 @@
 """The decoder: one forward for training, prefill and decode; losses; recomputation; init."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from fathom.attention import AttentionConfig
 from fathom.config import LayerGroup, ModelConfig, MTPConfig
 from fathom.ffn import DenseConfig, FFNConfig, MoEConfig
-from fathom.ffn.balance import AuxLossFree, SeqAuxLoss, ZLoss
+from fathom.ffn.balance import AuxLoss, AuxLossFree, SeqAuxLoss, ZLoss
 from fathom.layers.step import Step
 from fathom.model import Decoder, build_model
 from fathom.model.init import rule_of
@@ -220,6 +221,20 @@ def test_routing_is_reported_for_every_moe_layer_and_moves_its_bias():
     for (_, moe), c in zip(model.moe_layers(), counts, strict=True):
         want = 0.001 * torch.sign(c.float().mean() - c.float())
         torch.testing.assert_close(moe.router.expert_bias, want)
+
+
+def test_a_loss_over_the_step_counts_its_earlier_micro_batches_and_no_others():
+    balance = (AuxLoss(aux_loss_coeff=0.1, over="step"),)
+    model = double(config(ffn=replace(FINE, balance=balance)))
+    ids = tokens()
+    first = model.loss(ids, shifted(ids))
+    counts = [routed.tokens_per_expert for routed in first.routing]
+    again = model.loss(ids, shifted(ids), counts_before=counts)  # twice the same: f is as it was
+    torch.testing.assert_close(again.balance, first.balance)
+    full = [torch.eye(8, dtype=torch.int64)[0] * 10**6 for _ in counts]  # all went to one expert
+    skewed = model.loss(ids, shifted(ids), counts_before=full)
+    assert (skewed.balance - first.balance).abs() > 1e-3
+    assert model.loss(ids, shifted(ids)).balance == first.balance
 
 
 def test_a_tied_head_is_the_embedding():

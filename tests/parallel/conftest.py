@@ -34,6 +34,7 @@ MOE = {
         {"kind": "aux_loss_free"},
         {"kind": "seq_aux_loss", "seq_aux_loss_coeff": 0.01},
         {"kind": "aux_loss", "aux_loss_coeff": 0.01},
+        {"kind": "aux_loss", "aux_loss_coeff": 0.02, "over": "step"},
     ],
 }
 

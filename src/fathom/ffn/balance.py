@@ -4,7 +4,9 @@ With ``f_e = E / (K N) * tokens of e`` (what was chosen, not differentiated) and
 normalised score (differentiated), the auxiliary loss is ``coeff * sum_e f_e P_e``: ``coeff`` when
 all is even, more when the experts with high scores also get the tokens.
 
-- ``aux_loss``: over all tokens of the micro-batch (DeepSeekMoE, arXiv:2401.06066, eq. 12).
+- ``aux_loss``: over all tokens of the micro-batch (DeepSeekMoE, arXiv:2401.06066, eq. 12); or with
+  ``over = "step"`` with ``f`` of the optimizer step's tokens up to now (Qiu et al., "Demons in the
+  Detail", arXiv:2501.11873): experts may then specialise within a micro-batch. Of all ranks always.
 - ``seq_aux_loss``: per sequence, then the mean (DeepSeek-V3, arXiv:2412.19437, eq. 17-20).
 - ``aux_loss_free``: no loss; a bias steers the choice (arXiv:2408.15664, algorithm 1).
 - ``z_loss``: keeps the logits small (ST-MoE, arXiv:2202.08906, eq. 5).
@@ -40,6 +42,11 @@ class BalanceConfig(Config, ABC):
     Several ranks share a micro-batch of equal parts; the loss is the mean of what each returns.
     """
 
+    @property
+    def over_step(self) -> bool:
+        """Whether ``total`` is to add the counts of the step's earlier micro-batches too."""
+        return False
+
     @abstractmethod
     def loss(self, choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
         """A scalar in the router's dtype. The N tokens are ``batch_size`` rows of equal length.
@@ -63,13 +70,22 @@ class AuxLoss(BalanceConfig):
     """``sum_e f_e P_e`` over the whole micro-batch.
 
     ``P`` is of the scores divided by their sum over the experts: of softmax scores themselves.
+
+    Args:
+        aux_loss_coeff: its weight.
+        over: what ``f`` counts: the micro-batch, or the step up to and with it.
     """
 
     kind: Literal["aux_loss"] = "aux_loss"
     aux_loss_coeff: float = 0.001
+    over: Literal["micro_batch", "step"] = "micro_batch"
 
     def __post_init__(self) -> None:
         _require_coeff("aux_loss_coeff", self.aux_loss_coeff)
+
+    @property
+    def over_step(self) -> bool:
+        return self.over == "step"
 
     def loss(self, choice: Choice, batch_size: int, total: SumOverRanks = alone) -> Tensor:
         return self.aux_loss_coeff * sequence_loss(choice, 1, total)

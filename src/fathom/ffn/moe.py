@@ -80,7 +80,8 @@ class MoE(FFN):
     """``forward(x_BTD, step) -> (y_BTD, Routing)``. No state is changed by a forward.
 
     ``dispatcher`` and ``sum_over_ranks`` may be replaced once the module is built, if it is one
-    rank's part of a layer (``parallel/``).
+    rank's part of a layer (``parallel/``). ``counts_before`` are the tokens per expert of the
+    step's earlier micro-batches, of this rank; None: there are none.
     """
 
     def __init__(self, cfg: MoEConfig, dim: int) -> None:
@@ -93,6 +94,7 @@ class MoE(FFN):
             self.shared = SwiGLU(dim, cfg.inter_dim * cfg.n_shared_experts)
         self.dispatcher: Dispatcher = LocalDispatcher(cfg.n_routed_experts)
         self.sum_over_ranks: SumOverRanks = alone
+        self.counts_before: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, step: Step) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.flatten(0, -2)
@@ -113,8 +115,17 @@ class MoE(FFN):
     def balance_loss(self, choice: Choice, batch_size: int) -> Tensor:
         """The sum of the balance losses, a scalar in the router's dtype."""
         zero = choice.scores_NE.new_zeros(())
-        losses = (item.loss(choice, batch_size, self.sum_over_ranks) for item in self.cfg.balance)
+        totals = {False: self.sum_over_ranks, True: self.sum_over_step}
+        losses = (
+            item.loss(choice, batch_size, totals[item.over_step]) for item in self.cfg.balance
+        )
         return sum(losses, start=zero)
+
+    def sum_over_step(self, counts_1E: Tensor) -> Tensor:
+        """Of all ranks, and of the micro-batches before this one."""
+        if self.counts_before is not None:
+            counts_1E = counts_1E + self.counts_before
+        return self.sum_over_ranks(counts_1E)
 
     @torch.no_grad()
     def update_expert_bias(self, counts_E: Tensor) -> None:

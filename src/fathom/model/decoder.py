@@ -7,6 +7,7 @@ Shapes: B batch, T new tokens, D model dim, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,7 @@ class Decoder(nn.Module):
         progress: float = 0.0,
         denominator: int | None = None,
         share: float = 1.0,
+        counts_before: Sequence[Tensor] = (),
     ) -> Losses:
         """The training losses of one micro-batch.
 
@@ -175,7 +177,11 @@ class Decoder(nn.Module):
             denominator: valid targets of the whole optimizer step, so that the micro-batches of
                 an accumulation add up to one mean; None: those of this batch.
             share: of the step's tokens that this micro-batch has, for the balance losses.
+            counts_before: tokens per expert of the step's earlier micro-batches, of every MoE
+                layer, for the balance losses that count over the step; empty: none.
         """
+        for (_, moe), counts_E in zip_longest(self.moe_layers(), counts_before):
+            moe.counts_before = counts_E
         for attention in self.attentions():
             attention.set_progress(progress)
         step = Step.full(tokens_BT, cu_seqlens)

@@ -124,22 +124,38 @@ class Learner:
         progress = self.progress.step / self.cfg.train.steps
         for batch in batches:
             accumulate(self.model, self.layout, last=batch is batches[-1])
-            losses = self.losses(batch, progress=progress, denominator=n_targets, share=share)
+            losses = self.losses(
+                batch,
+                progress=progress,
+                denominator=n_targets,
+                share=share,
+                counts_before=sums.counts,
+            )
             losses.total.backward()
             sums.add(losses)
         return sums
 
     def losses(
-        self, batch: Batch, *, progress: float, denominator: int, share: float = 1.0
+        self,
+        batch: Batch,
+        *,
+        progress: float,
+        denominator: int,
+        share: float = 1.0,
+        counts_before: Sequence[Tensor] = (),
     ) -> Losses:
-        """The forward pass of one micro-batch, which has ``share`` of the step's tokens."""
+        """The forward pass of one micro-batch, as in :meth:`Decoder.loss`."""
         inputs = [batch.tokens, batch.targets, batch.cu_seqlens]
         if self.device.type == "cuda":
             inputs = [tensor.pin_memory() for tensor in inputs]
         on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
         with self.precision():
             return self.model.loss(
-                *on_device, progress=progress, denominator=denominator, share=share
+                *on_device,
+                progress=progress,
+                denominator=denominator,
+                share=share,
+                counts_before=counts_before,
             )
 
     def precision(self) -> AbstractContextManager[object]:
