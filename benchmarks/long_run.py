@@ -54,7 +54,7 @@ def result(run: subprocess.Popen[bytes], out: Path) -> tuple[float, float]:
         raise SystemExit(f"{out.name} failed")
     speeds = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(one["tokens_per_second"] for one in speeds)
-    return json.loads((out / "eval.jsonl").read_text().splitlines()[-1])["bpb"], speed
+    return json.loads((out / "eval.jsonl").read_text().splitlines()[-1])["val_bpb"], speed
 
 
 def main() -> None:
