@@ -37,6 +37,7 @@ from small_corpus import small_corpus
 
 ROOT = Path(__file__).parents[1]
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+BUILT_AS = {"demo-cpu": "demo", "facts-cpu": "facts", "sparse-cpu": "sparse"}  # record: study
 RUN_WHEN_SLOW = ("docs/ladder.md", "docs/your-own-attention.md")
 DENSE = {"kind": "dense", "inter_dim": 8}
 MHA = {"kind": "mha", "n_heads": 1, "n_kv_heads": 1, "head_dim": 8, "position": {"kind": "rope"}}
@@ -198,8 +199,8 @@ def test_headings_that_repeat_get_anchors_of_their_own(small):
     assert build.read_site(small).problems == []
 
 
-def recorded(root: Path) -> Path:
-    folder = root / "studies" / "demo-cpu"
+def recorded(root: Path, name: str = "demo-cpu") -> Path:
+    folder = root / "studies" / name
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(RECORD))
     return folder
@@ -292,15 +293,16 @@ def test_a_problem_ends_the_build_with_its_line(small, monkeypatch, tmp_path):
 # --- The results in the README ---------------------------------------------------------------
 
 
-def test_the_readme_holds_what_the_record_says() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results.in_readme(readme, results.results()) == readme, "python docs/results.py --write"
+def test_the_readme_and_the_claims_hold_what_the_records_say() -> None:
+    for path, filled in ((results.README, results.in_readme), (results.PAGE, results.in_page)):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert filled(ROOT, text) == text, "python docs/results.py --write"
 
 
-def test_results_are_a_table_with_a_row_for_every_arm(tmp_path):
+def test_a_record_shown_whole_is_a_table_with_a_row_for_every_arm(tmp_path):
     (recorded(tmp_path) / "forest.png").touch()
-    lines = results.results(tmp_path).splitlines()
-    rows = [line for line in lines if line.startswith("|")]
+    text = results.whole(tmp_path, "demo-cpu")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1
     assert rows[2:] == [
         "| mha |  | 2.1250 ± 0.0025 |  |  | 1,115,264 | 2,048 |",
@@ -308,11 +310,60 @@ def test_results_are_a_table_with_a_row_for_every_arm(tmp_path):
         "| 1,123,712 | 640 |",
         "| moe | mla |  |  | failed: seed 2: NaN / at step 3 |  |  |",
     ]
-    text = "\n".join(lines)
     assert "3 seeds an arm. Measured on: device cpu, cores 2, torch 2.13.0." in text
     assert "`xz -9e` 2.500, counting byte triples 2.250" in text
-    assert "(studies/demo-cpu/forest.png)" in text
+    assert "(../studies/demo-cpu/forest.png)" in text
     assert "No arm was tuned." in text
+
+
+def test_the_page_has_the_answers_of_every_record_and_the_readme_those_of_the_first(tmp_path):
+    first, second = (recorded(tmp_path, name) for name in ("demo-cpu", "again"))
+    page = "<!-- verdicts later, again, demo-cpu: mla, moe -->\n<!-- end -->\n"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "claims.md").write_text(page)
+    answer = "| Does it pay? | **better** | mla against mha: -0.0250 (-0.0300 to -0.0200) |"
+    said = results.in_page(tmp_path, page)
+    assert said.count(answer) == 2
+    assert said.count("| failed: seed 2: NaN / at step 3 | moe against mla |") == 2
+    assert "Not recorded here: `later`." in said
+    assert results.in_page(tmp_path, said) == said
+    (row,) = [row for row in results.results(tmp_path).splitlines() if row.startswith(answer)]
+    assert f"studies/{second.name}/" in row
+    assert f"studies/{first.name}/" not in row
+
+
+def test_every_arm_that_a_claim_asks_for_is_in_one_of_its_studies() -> None:
+    for _, kind, asked, _ in results.BLOCK.findall((ROOT / results.PAGE).read_text()):
+        if kind == "verdicts":
+            names, wanted = (part.split(", ") for part in asked.split(": "))
+            known = {
+                arm.name for name in names for arm in load_study(BUILT_AS.get(name, name)).arms
+            }
+            assert set(wanted) <= known
+
+
+def test_every_figure_among_the_claims_is_in_a_record() -> None:
+    """All but what others published, which stands in quotations with its source."""
+    files = ROOT.glob("studies/*/results.json")
+    known = [number for path in files for number in figures_of(json.loads(path.read_text()))]
+    own = results.BLOCK.sub("", (ROOT / results.PAGE).read_text(encoding="utf-8"))
+    own = re.sub(r"^>.*$|\]\([^)]*\)|`[^`]*`", "", own, flags=re.MULTILINE)
+    for figure in re.findall(r"\d+\.\d+", own):
+        digits = len(figure.partition(".")[2])
+        assert float(figure) in {round(abs(number), digits) for number in known}, figure
+
+
+def figures_of(data: object) -> Iterator[float]:
+    """The single numbers of a record: as they are, in per cent, in millions; no lists of them."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if key not in ("seeds", "curves"):
+                yield from figures_of(value)
+    elif isinstance(data, list):
+        for item in data:
+            yield from figures_of(item) if isinstance(item, dict | list) else ()
+    elif isinstance(data, int | float):
+        yield from (data, 100 * data, data / 1e6)
 
 
 def test_without_a_record_the_readme_says_how_to_make_one(tmp_path):
@@ -322,7 +373,7 @@ def test_without_a_record_the_readme_says_how_to_make_one(tmp_path):
 def test_printing_results_leaves_the_readme_alone(capsys):
     before = (ROOT / "README.md").read_bytes()
     results.main([])
-    assert capsys.readouterr().out.strip() == results.results()
+    assert capsys.readouterr().out.strip() == results.results(ROOT)
     assert (ROOT / "README.md").read_bytes() == before
 
 

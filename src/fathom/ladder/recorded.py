@@ -74,6 +74,7 @@ class Arm:
     active_params: float | None
     flops_per_token: float | None
     cache_bytes_per_token: float | None
+    tokens: float | None
     tokens_per_second: float | None
     peak_memory_bytes: float | None
     lr: float | None
@@ -211,6 +212,7 @@ def _arm(data: Mapping[str, object]) -> Arm:
         active_params=number(data.get("active_params")),
         flops_per_token=number(data.get("flops_per_token")),
         cache_bytes_per_token=number(data.get("cache_bytes_per_token")),
+        tokens=number(data.get("tokens")),
         tokens_per_second=number(data.get("train_tokens_per_second")),
         peak_memory_bytes=number(data.get("peak_memory_bytes")),
         lr=number(data.get("lr")),
