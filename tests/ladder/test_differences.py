@@ -50,10 +50,11 @@ def test_a_change_in_some_layers_says_which():
     assert found(config(6), arm) == [("model.layers.0-1,3-5.ffn.inter_dim", 64, 8, "extra")]
 
 
-def test_the_layers_of_a_deeper_arm_differ_from_nothing():
-    keys = [(key, a) for key, a, _, _ in found(config(2), config(3))]
-    assert keys
-    assert all(key.startswith("model.layers.2.") and a is None for key, a in keys)
+@pytest.mark.parametrize(
+    ("change", "mark"), [("model.groups.*.count=3", "named"), ("x=1", "extra")]
+)
+def test_a_deeper_arm_differs_in_how_many_layers_it_has(change, mark):
+    assert found(config(2), config(3), change=[change]) == [("model.groups.*.count", 2, 3, mark)]
 
 
 def test_another_kind_shows_the_keys_of_both():

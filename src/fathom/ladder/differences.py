@@ -1,13 +1,13 @@
 """Every config key in which an arm differs from its parent: one change per step, or it is flagged.
 
 Layers are compared one by one, so two models whose groups are cut differently still show exactly
-what differs; equal differences of neighbouring layers are then told once.
+what differs; equal differences of neighbouring layers are then told once, and so is their number.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, zip_longest
+from itertools import groupby
 from typing import Any, Literal
 
 from fathom.settings import Data
@@ -59,19 +59,27 @@ def _layer_differences(
     parent: Sequence[Data], arm: Sequence[Data], marks: list[tuple[Mark, Sequence[str]]]
 ) -> list[Difference]:
     rows = []  # (key within the layer, value, value, mark) -> the layers that show it
-    for layer, (old, new) in enumerate(zip_longest(_layers(parent), _layers(arm))):
-        old_flat, new_flat = _flat(old[1] if old else {}), _flat(new[1] if new else {})
-        groups = [f"{GROUPS}.{side[0]}" for side in (new, old) if side]
-        for key, a, b in _compare(old_flat, new_flat):
-            mark = _mark([f"{group}.{key}" for group in groups], marks)
-            rows.append((key, a, b, mark, layer))
-    n_layers = max(len(_layers(parent)), len(_layers(arm)))
+    pairs = list(zip(_layers(parent), _layers(arm), strict=False))  # what is above has no other
+    for layer, ((old_group, old), (new_group, new)) in enumerate(pairs):
+        for key, a, b in _compare(_flat(old), _flat(new)):
+            names = [f"{GROUPS}.{group}.{key}" for group in (new_group, old_group)]
+            rows.append((key, a, b, _mark(names, marks), layer))
     rows.sort(key=lambda row: (row[0], repr(row[1:4]), row[4]))
     found = []
     for (key, a, b, mark), same in groupby(rows, key=lambda row: row[:4]):
-        where = _where([row[4] for row in same], n_layers)
+        where = _where([row[4] for row in same], len(pairs))
         found.append(Difference(key=f"{where}.{key}", parent=a, arm=b, mark=mark))
-    return found
+    return found + _depth_difference(parent, arm, marks)
+
+
+def _depth_difference(
+    parent: Sequence[Data], arm: Sequence[Data], marks: list[tuple[Mark, Sequence[str]]]
+) -> list[Difference]:
+    old, new = len(_layers(parent)), len(_layers(arm))
+    if old == new:
+        return []
+    names = [f"{GROUPS}.{group}.count" for group in range(max(len(parent), len(arm)))]
+    return [Difference(key=f"{GROUPS}.*.count", parent=old, arm=new, mark=_mark(names, marks))]
 
 
 def _where(layers: Sequence[int], n_layers: int) -> str:
