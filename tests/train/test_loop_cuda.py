@@ -1,14 +1,18 @@
 """What training must do on a GPU: never wait within a step, skip on the device, resume, compile."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fathom.convert.run_folder import committed, load_model
+from fathom.train import guards
 from fathom.train.loop import Trainer, train
 from fathom.train.metrics import read_lines
 from fathom.train.progress import Reporter
+from fathom.train.step import Learner
+from runs import Notices, files, records
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
 pytestmark = [
@@ -104,3 +108,35 @@ def test_a_compiled_run_learns_and_reports_its_mfu(make_config, dataset, run_dir
     if "H100" in torch.cuda.get_device_name() or "H200" in torch.cuda.get_device_name():
         assert 0 < lines[-1]["mfu"] < 1
     assert load_model(run_dir, device="cuda")[0].embed.weight.is_cuda
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_hundred_steps_repeat_to_the_bit(make_config, dataset, tmp_path, optimizer):
+    """Gate A on a GPU: losses, norms and the bytes of the last checkpoint."""
+    cfg = make_config(
+        *("train.device=cuda", "train.deterministic=true", "train.steps=200"),
+        *(f"train.optimizer={optimizer}", "train.save_every=200"),
+    )
+    for name in ("first", "second"):
+        train(cfg, tmp_path / name, dataset=dataset, should_stop=lambda: False)
+    assert records(tmp_path / "first") == records(tmp_path / "second")
+    ends = [committed(tmp_path / name)[-1] for name in ("first", "second")]
+    assert files(ends[0]) == files(ends[1])
+
+
+def test_spikes_on_the_device_send_a_run_back(make_config, fit, run_dir, monkeypatch):
+    """As on a CPU, with no wait for the device in between."""
+    monkeypatch.setattr(guards, "WINDOW", 8)
+    losses = Learner.losses
+
+    def poisoned(self, batch, **more):
+        result = losses(self, batch, **more)
+        last = self.loader.state()["row"] - 1
+        return replace(result, total=result.total * 100) if last in range(48, 64) else result
+
+    monkeypatch.setattr(Learner, "losses", poisoned)
+    cfg = make_config("train.device=cuda", "train.steps=20", "train.save_every=4")
+    notices = Notices()
+    assert fit(cfg, reporter=notices).reason == "done"
+    assert "back from step 17 to 12" in notices.heard[-1]
+    assert [line["step"] for line in records(run_dir)] == list(range(1, 21))
