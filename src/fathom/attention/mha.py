@@ -18,7 +18,7 @@ from torch import Tensor
 from fathom.attention.base import Attention, AttentionConfig, attend_visible, raw_scores
 from fathom.layers.base import require, require_positive
 from fathom.layers.cache import Stream
-from fathom.layers.linear import Linear
+from fathom.layers.linear import Linear, each_of
 from fathom.layers.position import AlibiConfig, AnyPosition, DecoupledRopeConfig, RopeConfig
 from fathom.layers.rope import Rope
 from fathom.layers.step import Step
@@ -163,8 +163,9 @@ class MHA(Attention):
     def queries_keys_values(self, x_BTD: Tensor, step: Step) -> list[Tensor]:
         """Queries ``[B, T, H, Q]``, then what the cache keeps: k, v, and a position key if any."""
         cfg = self.cfg
-        q_BTHQ = self.wq(x_BTD).unflatten(-1, (cfg.n_query_projections, -1))
-        k_BTGQ = self.wk(x_BTD).unflatten(-1, (cfg.n_kv_heads, -1))
+        q_BTF, k_BTF, v_BTF = each_of(x_BTD, self.wq, self.wk, self.wv)
+        q_BTHQ = q_BTF.unflatten(-1, (cfg.n_query_projections, -1))
+        k_BTGQ = k_BTF.unflatten(-1, (cfg.n_kv_heads, -1))
         position_keys = []
         if self.rope is not None:
             angles = step.angles(self.rope)
@@ -175,7 +176,7 @@ class MHA(Attention):
             else:
                 q_BTHQ, k_BTGQ = rotate(q_BTHQ, *angles), rotate(k_BTGQ, *angles)
         q_BTHQ = q_BTHQ.expand(-1, -1, cfg.n_heads, -1)
-        return [q_BTHQ, k_BTGQ.flatten(-2), self.wv(x_BTD), *position_keys]
+        return [q_BTHQ, k_BTGQ.flatten(-2), v_BTF, *position_keys]
 
     def slopes(self, step: Step) -> Tensor | None:
         """ALiBi's, ``[H]``, if that is the position."""

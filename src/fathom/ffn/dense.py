@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from fathom.ffn.base import FFN, FFNConfig, require_inter_dim
-from fathom.layers.linear import Linear
+from fathom.layers.linear import Linear, each_of
 from fathom.layers.step import Step
 
 
@@ -58,4 +58,5 @@ class SwiGLU(FFN):
 
     def mlp(self, x_BTD: Tensor) -> Tensor:
         """The product alone, for x of any leading dims (an MoE's shared experts use it)."""
-        return self.w_down(silu(self.w_gate(x_BTD)) * self.w_up(x_BTD))
+        gate, up = each_of(x_BTD, self.w_gate, self.w_up)
+        return self.w_down(silu(gate) * up)

@@ -72,21 +72,24 @@ class Store(ABC):
 class Whole(Store):
     """A slot for every position."""
 
+    numbers: Tensor  # [slots], 0, 1, ...: the positions of the slots
+
     def append(
         self, positions_BT: Tensor, total: int, new_BTW: Tensor, *, aligned: bool = False
     ) -> tuple[Tensor, Tensor]:
         batch, length = positions_BT.shape
-        rows = torch.arange(batch, device=positions_BT.device)[:, None]
-        place = (slice(None), slice(total - length, total)) if aligned else (rows, positions_BT)
-        self.buffer[place] = new_BTW.to(self.buffer.dtype)
-        keys = torch.arange(total, device=positions_BT.device).expand(batch, -1)
-        return keys, self.buffer[:, :total]
+        if aligned:
+            self.buffer[:, total - length : total] = new_BTW
+        else:
+            rows = torch.arange(batch, device=positions_BT.device)[:, None]
+            self.buffer[rows, positions_BT] = new_BTW.to(self.buffer.dtype)
+        return self.numbers[:total].expand(batch, -1), self.buffer[:, :total]
 
     def places(self, positions_BT: Tensor) -> Tensor:
         return positions_BT
 
     def rows(self, start: int, stop: int) -> "Whole":
-        return Whole(self.buffer[start:stop])
+        return Whole(self.buffer[start:stop], self.numbers)
 
 
 @dataclass
@@ -210,6 +213,7 @@ def _store(
         return torch.zeros(batch, slots, stream.width, device=device, dtype=held)
 
     if stream.window is None or stream.window >= capacity:
-        return Whole(buffer(-(-capacity // stream.tokens_per_entry)))
+        slots = -(-capacity // stream.tokens_per_entry)
+        return Whole(buffer(slots), torch.arange(slots, device=device))
     slot_positions = torch.full((batch, stream.window), -1, device=device, dtype=torch.int64)
     return Ring(buffer(stream.window), slot_positions)
