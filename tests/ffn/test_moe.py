@@ -300,6 +300,10 @@ class Backwards:
     def tokens_per_expert(self):
         return self.inner.tokens_per_expert
 
+    @property
+    def reach(self):
+        return self.inner.reach
+
     def through(self, experts, gates_NK):
         return self.inner.through(experts, gates_NK.flip(0)).flip(0)
 

@@ -16,7 +16,7 @@ from fathom.ffn.experts import Experts
 from fathom.parallel.ep import (
     ExpertParallel,
     from_fp8,
-    ranks_per_token,
+    reached,
     to_fp8,
     to_ranks_reference,
 )
@@ -147,8 +147,8 @@ def check_bytes(fp8: bool, dtype: torch.dtype) -> None:
         for weight in experts.parameters():
             weight.data.zero_()
         one.dispatch(x, ids).through(experts, torch.ones(ids.shape)).sum().backward()
-    reached = ranks_per_token(ids, n_experts, ranks).sum()
-    away = reached - (ids // (n_experts // ranks) == dist.get_rank()).any(1).sum()
+    here_NR = reached(ids, n_experts, ranks)
+    away = here_NR.sum() - here_NR[:, dist.get_rank()].sum()
     both = torch.stack([torch.tensor(counter.bytes), away])  # what one sends the other answers
     dist.all_reduce(both)
     sent, rows = both.tolist()
@@ -177,5 +177,17 @@ def test_fp8_rows_come_back_within_half_a_step_of_their_largest():
 
 def test_node_limited_routing_bounds_the_ranks_of_a_token():
     ids = torch.tensor([[0, 1, 2], [0, 4, 7], [6, 7, 6]])
-    assert ranks_per_token(ids, n_experts=8, ranks=4).tolist() == [2, 3, 1]
-    assert ranks_per_token(ids, n_experts=8, ranks=2).tolist() == [1, 2, 1]
+    assert reached(ids, n_experts=8, parts=4).sum(1).tolist() == [2, 3, 1]
+    assert reached(ids, n_experts=8, parts=2).sum(1).tolist() == [1, 2, 1]
+
+
+def check_reach() -> None:
+    ids = torch.tensor([[0, 1, 2], [0, 4, 7], [6, 7, 6]])
+    for nodes, want in ((1, 1.0), (2, 4 / 3), (4, 2.0)):
+        sending = ExpertParallel(8, dist.group.WORLD, nodes=nodes).dispatch(torch.ones(3, 2), ids)
+        torch.testing.assert_close(sending.reach, torch.tensor([2.0, want]))
+
+
+def test_ranks_and_nodes_of_a_token_are_counted():
+    said = on_ranks(4, check_reach)
+    assert not any(said), "\n".join(said)

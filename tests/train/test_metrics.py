@@ -48,6 +48,15 @@ def test_losses_and_counts_add_up_over_micro_batches_and_entropies_average():
     assert not any(value.requires_grad for value in sums.losses.values())
 
 
+def test_what_tokens_reach_is_a_mean_beside_the_entropy():
+    sums = Sums()
+    for entropy, reach in ((0.5, [2.0, 1.0]), (1.5, [3.0, 2.0])):
+        one = losses(1.0, [1, 2], entropy)
+        one.routing[0] = one.routing[0]._replace(reach=torch.tensor(reach))
+        sums.add(one)
+    assert sums.vectors()[-1].tolist() == [1.0, 2.5, 1.5]
+
+
 def test_figures_arrive_as_they_were_sent(device):
     scalars = {"a": torch.tensor(1.5, device=device), "b": torch.tensor(2.0, device=device)}
     vectors = [torch.arange(3, device=device), torch.tensor([7.5], device=device)]
@@ -59,17 +68,25 @@ def test_figures_arrive_as_they_were_sent(device):
 
 def test_routing_figures_of_a_layer_that_is_even_and_one_that_is_not():
     counts = [torch.tensor([5.0, 5.0, 5.0, 5.0]), torch.tensor([20.0, 0.0, 0.0, 0.0])]
-    figures = routing_figures(counts, [1.0, 0.5], log_load=True)
+    figures = routing_figures(counts, [[1.0], [0.5]], log_load=True)
     assert figures["max_violation"] == pytest.approx((0 + 3) / 2)
     assert figures["dead_experts"] == 3
     assert figures["load_entropy"] == pytest.approx(math.log(4) / 2)
     assert [layer["load"] for layer in figures["layers"]] == [[1, 1, 1, 1], [4, 0, 0, 0]]
     assert [layer["router_entropy"] for layer in figures["layers"]] == [1.0, 0.5]
-    assert "load" not in routing_figures(counts, [1.0, 0.5], log_load=False)["layers"][0]
+    assert "load" not in routing_figures(counts, [[1.0], [0.5]], log_load=False)["layers"][0]
+
+
+def test_ranks_that_share_the_experts_have_loads_of_their_own_and_tokens_reach_some():
+    counts = [torch.tensor([5.0, 3.0, 2.0, 2.0])]
+    figures = routing_figures(counts, [[1.0, 1.75, 1.5]], log_load=False, ranks=2)
+    assert figures["rank_max_violation"] == pytest.approx(8 / 6 - 1)
+    assert (figures["ranks_per_token"], figures["nodes_per_token"]) == (1.75, 1.5)
+    assert figures["layers"][0]["ranks_per_token"] == 1.75
 
 
 def test_layers_with_other_numbers_of_experts_stand_side_by_side():
-    figures = routing_figures([torch.ones(4), torch.ones(8)], [0.0, 0.0], log_load=False)
+    figures = routing_figures([torch.ones(4), torch.ones(8)], [[0.0], [0.0]], log_load=False)
     assert [layer["load_entropy"] for layer in figures["layers"]] == pytest.approx(
         [math.log(4), math.log(8)]
     )

@@ -23,11 +23,14 @@ class Routing(NamedTuple):
             loss.
         tokens_per_expert: int64 ``[E]``, how many (token, choice) pairs each expert got.
         entropy: scalar float32, mean over tokens of the entropy of the normalised scores (nats).
+        reach: float32 ``[2]``, ranks and nodes on which a token has experts, mean over tokens;
+            None: all experts are here.
     """
 
     balance_loss: Tensor
     tokens_per_expert: Tensor
     entropy: Tensor
+    reach: Tensor | None = None
 
 
 class FFN(nn.Module, ABC):

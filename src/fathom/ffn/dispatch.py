@@ -23,6 +23,11 @@ class Sending(Protocol):
         """int64 ``[E]``, of the tokens that left here."""
         ...
 
+    @property
+    def reach(self) -> Tensor | None:
+        """See :class:`fathom.ffn.base.Routing`."""
+        ...
+
     def through(self, experts: Experts, gates_NK: Tensor) -> Tensor:
         """Once they are there, through the experts and back, weighted by the gates: ``[N, D]``."""
         ...
@@ -46,6 +51,10 @@ class Here:
     @property
     def tokens_per_expert(self) -> Tensor:
         return self.permutation.counts
+
+    @property
+    def reach(self) -> None:
+        return None
 
     def through(self, experts: Experts, gates_NK: Tensor) -> Tensor:
         return experts(self.x_ND, gates_NK, self.permutation)

@@ -109,6 +109,7 @@ class MoE(FFN):
             balance_loss=balance_loss,
             tokens_per_expert=sending.tokens_per_expert,
             entropy=score_entropy(choice.scores_NE),
+            reach=sending.reach,
         )
         return y_ND.view_as(x_BTD), routing
 

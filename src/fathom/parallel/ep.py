@@ -71,10 +71,19 @@ class Arrived(NamedTuple):
 
 
 class ExpertParallel:
-    """The dispatcher of an MoE whose experts are spread over ``group``."""
+    """The dispatcher of an MoE whose experts are spread over ``group``.
 
-    def __init__(self, n_experts: int, group: dist.ProcessGroup, *, fp8: bool = False) -> None:
-        self.n_experts, self.group, self.fp8 = n_experts, group, fp8
+    Args:
+        n_experts: E, of all ranks.
+        group: the ranks, neighbours on a node.
+        fp8: whether tokens travel to experts as FP8.
+        nodes: over how many nodes the ranks are spread.
+    """
+
+    def __init__(
+        self, n_experts: int, group: dist.ProcessGroup, *, fp8: bool = False, nodes: int = 1
+    ) -> None:
+        self.n_experts, self.group, self.fp8, self.nodes = n_experts, group, fp8, nodes
         self.local = n_experts // group.size()
         self.lane = Lane()
 
@@ -84,7 +93,8 @@ class ExpertParallel:
         (x_ND,) = autocast(x_ND)  # as experts will
         ranks = self.group.size()
         counts_E = sort_by_expert(expert_ids_NK, self.n_experts).counts
-        leaving = self.by_rank(expert_ids_NK)
+        here_NR = reached(expert_ids_NK, self.n_experts, ranks)
+        leaving = self.by_rank(here_NR)
         pairs_R = counts_E.view(ranks, -1).sum(1)
         sent_R2 = torch.stack([leaving.counts[:ranks], pairs_R], dim=1)
         received_R2 = torch.empty_like(sent_R2)
@@ -92,13 +102,14 @@ class ExpertParallel:
             dist.all_to_all_single(received_R2, sent_R2, group=self.group)
             on_host = torch.stack([sent_R2, received_R2]).to("cpu", non_blocking=True)
             self.lane.mark()
-        return Travelling(self, x_ND, expert_ids_NK, counts_E, leaving, on_host)
+        nodes_N = here_NR.unflatten(1, (self.nodes, -1)).any(-1).sum(1)
+        reach = torch.stack([here_NR.sum(1), nodes_N]).sum(1) / max(len(x_ND), 1)
+        return Travelling(self, x_ND, expert_ids_NK, counts_E, reach, leaving, on_host)
 
-    def by_rank(self, expert_ids_NK: Tensor) -> Permutation:
+    def by_rank(self, here_NR: Tensor) -> Permutation:
         """Pairs (token, rank) sorted by rank, those without an expert there at the end."""
         ranks = self.group.size()
-        each_R = torch.arange(ranks, device=expert_ids_NK.device)
-        here_NR = (expert_ids_NK[..., None] // self.local == each_R).any(1)
+        each_R = torch.arange(ranks, device=here_NR.device)
         return sort_by_expert(torch.where(here_NR, each_R, ranks), ranks + 1)
 
     def arrange(self, ids_CK: Tensor, n_pairs: int) -> Permutation:
@@ -116,6 +127,7 @@ class Travelling(NamedTuple):
     x_ND: Tensor
     expert_ids_NK: Tensor
     counts_E: Tensor
+    reach: Tensor
     leaving: Permutation
     on_host: Tensor
 
@@ -254,15 +266,13 @@ def from_fp8(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return (numbers * scales_PT.repeat_interleave(TILE, dim=1)[:, :width]).to(dtype)
 
 
-def ranks_per_token(expert_ids_NK: Tensor, n_experts: int, ranks: int) -> Tensor:
-    """How many of ``ranks`` equal parts of the experts each token is sent to, int64 ``[N]``.
+def reached(expert_ids_NK: Tensor, n_experts: int, parts: int) -> Tensor:
+    """In which of ``parts`` equal parts of the experts each token has some, bool ``[N, parts]``.
 
-    With the number of nodes for ``ranks``: over how many nodes. Node-limited routing
-    (``n_limited_groups``) bounds it.
+    Node-limited routing (``n_limited_groups``) bounds how many they are.
     """
-    part_NK = expert_ids_NK // (n_experts // ranks)
-    reached = expert_ids_NK.new_zeros(expert_ids_NK.shape[0], ranks).scatter(1, part_NK, 1)
-    return reached.sum(1)
+    part_NK = expert_ids_NK // (n_experts // parts)
+    return (part_NK[..., None] == torch.arange(parts, device=part_NK.device)).any(1)
 
 
 class Lane:

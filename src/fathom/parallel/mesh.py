@@ -6,6 +6,7 @@ layout ``ALONE``, which adds nothing to a step.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +72,12 @@ class Layout:
     @property
     def ep_rank(self) -> int:
         return self.rank % self.cfg.ep
+
+    @property
+    def ep_nodes(self) -> int:
+        """Over how many nodes those are spread; torchrun says how many ranks a node has."""
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        return self.cfg.ep // math.gcd(self.cfg.ep, per_node)
 
     @property
     def ep_group(self) -> dist.ProcessGroup:

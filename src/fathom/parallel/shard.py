@@ -52,7 +52,8 @@ def distribute(model: Decoder, layout: Layout) -> None:
         moe.sum_over_ranks = layout.sum
         if layout.cfg.ep > 1:
             fp8, n_experts = layout.cfg.dispatch == "fp8", moe.cfg.n_routed_experts
-            moe.dispatcher = ExpertParallel(n_experts, layout.ep_group, fp8=fp8)
+            how = {"fp8": fp8, "nodes": layout.ep_nodes}
+            moe.dispatcher = ExpertParallel(n_experts, layout.ep_group, **how)
             keep_some(moe.experts, n_experts // layout.cfg.ep)
     if layout.cfg.shard == 1:
         return

@@ -88,15 +88,16 @@ class Journal:
         if self.pending is None:
             return
         (record, figures), self.pending = self.pending, None
-        scalars, counts_and_entropies = figures.read()
+        scalars, counts_and_means = figures.read()
         not_finite, spike = scalars.pop("not_finite") > 0, scalars.pop("spike") > 0
         if scalars.pop("differs", 0.0) > 0:
             self.fault = record["step"]
         record |= scalars
         record["bpb"] *= record["loss"]
-        if counts_and_entropies:
-            *counts, entropies = counts_and_entropies
-            record |= self._routing(record["step"], counts, entropies.tolist())
+        if counts_and_means:
+            layers = len(counts_and_means) // 2
+            counts, means = counts_and_means[:layers], counts_and_means[layers:]
+            record |= self._routing(record["step"], counts, [mean.tolist() for mean in means])
         if not_finite or spike:
             record |= {"skipped": True, "spike": True} if spike else {"skipped": True}
             self._heed(record, spike=spike)
@@ -106,13 +107,13 @@ class Journal:
         self.reporter.step(record)
 
     def _routing(
-        self, step: int, counts: Sequence[torch.Tensor], entropies: Sequence[float]
+        self, step: int, counts: Sequence[torch.Tensor], means: Sequence[Sequence[float]]
     ) -> Record:
         """How the experts were used, for the record; what is odd about it is said."""
         for sentence in self.experts.add(counts):
             self.reporter.notice(f"step {step}: {sentence}")
         log_load, ranks = self.cfg.train.log_load, self.layout.cfg.ep
-        return routing_figures(counts, entropies, log_load=log_load, ranks=ranks)
+        return routing_figures(counts, means, log_load=log_load, ranks=ranks)
 
     def _heed(self, record: Record, *, spike: bool) -> None:
         """A step changed nothing: count it, and say so."""

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from fathom.ffn import Routing
 from fathom.ffn.balance import dead_experts, load_entropy, max_violation
 from fathom.model import Losses
 from fathom.parallel import Layout
@@ -23,13 +24,14 @@ class Sums:
     Attributes:
         losses: by name, each a scalar.
         counts: tokens per expert of each MoE layer over the whole step, int64 ``[E]``.
-        entropies: of each MoE layer's router, summed over the micro-batches, nats.
+        means: of each MoE layer, summed over the micro-batches: the entropy of its router in nats;
+            where experts lie on several ranks, then on how many ranks and nodes a token has some.
     """
 
     def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
         self.counts: list[Tensor] = []
-        self.entropies: list[Tensor] = []
+        self.means: list[Tensor] = []
         self.micro_batches = 0
 
     def add(self, losses: Losses) -> None:
@@ -39,35 +41,37 @@ class Sums:
         values |= {"mtp_loss": losses.mtp, "balance_loss": losses.balance}
         values |= {"index_loss": losses.index}
         counts = [routing.tokens_per_expert for routing in losses.routing]
-        entropies = [routing.entropy for routing in losses.routing]
+        means = [_means(routing) for routing in losses.routing]
         if self.micro_batches == 1:
             self.losses = {name: value.detach() for name, value in values.items()}
-            self.counts, self.entropies = counts, entropies
+            self.counts, self.means = counts, means
             return
         self.losses = {name: self.losses[name] + value.detach() for name, value in values.items()}
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
-        self.entropies = [a + b for a, b in zip(self.entropies, entropies, strict=True)]
+        self.means = [a + b for a, b in zip(self.means, means, strict=True)]
 
     def over_ranks(self, layout: Layout) -> None:
-        """Make these figures of one rank those of all: sums, and the mean of the entropies."""
+        """Make these figures of one rank those of all: sums, and means of means."""
         if layout.world == 1:
             return
         values = [*self.losses.values()]
         parts = [torch.stack(values).double(), *self.counts]
-        parts += [torch.stack(self.entropies) / layout.world] if self.entropies else []
+        parts += [mean / layout.world for mean in self.means]
         total = layout.sum(torch.cat([part.double() for part in parts]))
         losses, *rest = total.split([len(part) for part in parts])
         self.losses = dict(zip(self.losses, losses.to(values[0].dtype), strict=True))
-        if self.entropies:
-            *counts, entropies = rest
-            self.counts = [count.long() for count in counts]
-            self.entropies = list(entropies.to(self.entropies[0].dtype))
+        layers = len(self.counts)
+        self.counts = [count.long() for count in rest[:layers]]
+        self.means = [mean.to(self.means[0].dtype) for mean in rest[layers:]]
 
     def vectors(self) -> list[Tensor]:
-        """The counts, then one tensor of the routers' mean entropies; empty without MoE layers."""
-        if not self.counts:
-            return []
-        return [*self.counts, torch.stack(self.entropies) / self.micro_batches]
+        """The counts of each layer, then the means of each; empty without MoE layers."""
+        return [*self.counts, *(mean / self.micro_batches for mean in self.means)]
+
+
+def _means(routing: Routing) -> Tensor:
+    entropy = routing.entropy.detach()[None]
+    return entropy if routing.reach is None else torch.cat([entropy, routing.reach])
 
 
 class Figures:
@@ -97,32 +101,40 @@ class Figures:
 
 
 def routing_figures(
-    counts: Sequence[Tensor], entropies: Sequence[float], *, log_load: bool, ranks: int = 1
+    counts: Sequence[Tensor],
+    means: Sequence[Sequence[float]],
+    *,
+    log_load: bool,
+    ranks: int = 1,
 ) -> Record:
     """How evenly the experts were used in one step; empty without MoE layers.
 
     ``max_violation`` and ``load_entropy`` (nats) are means over layers, ``dead_experts`` the sum;
     ``layers`` has each layer's own, the entropy of its router's scores, and with ``log_load`` its
     load: each expert's tokens over the mean. Where ``ranks`` share the experts, neighbours on one,
-    ``rank_max_violation`` is that of the ranks' sums.
+    ``rank_max_violation`` is that of the ranks' sums, and ``ranks_per_token`` and
+    ``nodes_per_token`` say on how many a token has experts. ``means`` are those of :class:`Sums`.
     """
     if not counts:
         return {}
-    columns = {
+    columns: dict[str, list[Any]] = {
         "max_violation": _by_layer(max_violation, counts),
         "dead_experts": _by_layer(dead_experts, counts),
         "load_entropy": _by_layer(load_entropy, counts),
-        "router_entropy": entropies,
+        "router_entropy": [mean[0] for mean in means],
     }
     if ranks > 1:
+        columns["ranks_per_token"] = [mean[1] for mean in means]
+        columns["nodes_per_token"] = [mean[2] for mean in means]
         loads = [count.unflatten(0, (ranks, -1)).sum(-1) for count in counts]
         columns["rank_max_violation"] = _by_layer(max_violation, loads)
     if log_load:
         columns["load"] = [(c / c.mean().clamp(min=1e-9)).tolist() for c in counts]
     layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    means = ["max_violation", "load_entropy", *(["rank_max_violation"] if ranks > 1 else [])]
+    of_ranks = ("rank_max_violation", "ranks_per_token", "nodes_per_token") if ranks > 1 else ()
+    averaged = ("max_violation", "load_entropy", *of_ranks)
     return {
-        **{name: sum(layer[name] for layer in layers) / len(layers) for name in means},
+        **{name: sum(layer[name] for layer in layers) / len(layers) for name in averaged},
         "dead_experts": sum(layer["dead_experts"] for layer in layers),
         "layers": layers,
     }
