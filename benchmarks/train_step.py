@@ -28,6 +28,7 @@ from fathom.presets import preset
 from fathom.settings import override, parse, to_data
 from fathom.sizing.size import size
 from fathom.train.config import TrainConfig
+from fathom.train.device import peak_flops
 from fathom.train.optim import Optimizer
 
 CASES = {  # preset, what to change of it, rows, tokens a row
@@ -216,12 +217,14 @@ def main() -> None:
         speeds = {who: one["tokens_per_second"] for who, one in peers.items()}
         memory = {who: one["gb"] for who, one in peers.items()}
         flops = 3 * size(cfg, seq_len=length)["flops_per_token_causal"]
-        speed = ours["tokens_per_second"]
+        speed, peak = ours["tokens_per_second"], peak_flops(torch.device("cuda"))
         rows += [
             row(name, "tokens_per_second", "tokens/s", speed, speeds, spread=ours["spread"]),
-            row(name, "model_tflops", "TFLOP/s", speed * flops / 1e12, {}),
             row(name, "peak_memory", "GB", ours["gb"], memory, higher_is_better=False),
         ]
+        if peak:
+            used = {who: value * flops / peak for who, value in speeds.items()}
+            rows.append(row(name, "mfu", "of the bf16 peak", speed * flops / peak, used))
         if arguments.eager:
             eager = measure(lambda t=tokens, n=name: our_step(n, t, compiled=False), tokens.numel())
             slow = eager["tokens_per_second"]
