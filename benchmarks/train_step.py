@@ -7,7 +7,7 @@ shapes, random tokens; median of 8 steps after 4. Ours compiles block by block, 
 does; transformers compiles the model (its ``grouped_mm`` experts, SDPA); torchtitan its blocks
 (``torchtitan_peer.py``; left out where it cannot be imported), with cuDNN's attention or, as
 ``torchtitan-flex``, its own. A case with both peers takes about 100 s, most of it compiling.
-``--eager`` adds ours without compiling.
+``--eager`` adds ours without compiling. The record says for everyone where a step's time goes.
 """
 
 import argparse
@@ -15,9 +15,11 @@ import functools
 import gc
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torchtitan_peer
+from kernel_times import kernel_times
 from records import limits, milliseconds, row, spread, write
 
 from fathom.attention import MHAConfig, MLAConfig
@@ -166,17 +168,19 @@ PEERS = {
 }
 
 
-def measure(make: Callable[[], Callable[[], None]], n_tokens: int) -> dict[str, float]:
-    """Tokens per second, spread and peak memory of one way of stepping; all freed afterwards."""
+def measure(make: Callable[[], Callable[[], None]], n_tokens: int) -> dict[str, Any]:
+    """Speed, peak memory and kernels of one way of stepping; all freed afterwards."""
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    times = milliseconds(make(), repeats=8, warmup=4)
+    step = make()
+    times = milliseconds(step, repeats=8, warmup=4)
     return {
         "tokens_per_second": n_tokens / statistics.median(times) * 1e3,
         "spread": spread(times),
         "gb": torch.cuda.max_memory_allocated() / 1e9,
+        "where": {"step": statistics.median(times), **kernel_times(step)},
     }
 
 
@@ -207,7 +211,7 @@ def main() -> None:
     parser.add_argument("--out")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    rows, machine = [], limits()
+    rows, where, machine = [], {}, limits()
     for name in arguments.cases:
         cfg, (_, _, batch, length) = config(name), CASES[name]
         tokens = torch.randint(0, cfg.vocab_size, (batch, length), device="cuda")
@@ -229,7 +233,8 @@ def main() -> None:
             eager = measure(lambda t=tokens, n=name: our_step(n, t, compiled=False), tokens.numel())
             slow = eager["tokens_per_second"]
             rows.append(row(name + "-eager", "tokens_per_second", "tokens/s", slow, speeds))
-        write("train_step", rows, machine)  # as far as it got
+        where[name] = {who: one["where"] for who, one in {"ours": ours, **peers}.items()}
+        write("train_step", rows, machine, milliseconds=where)  # as far as it got
 
 
 if __name__ == "__main__":

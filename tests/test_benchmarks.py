@@ -80,3 +80,22 @@ def test_a_plot_has_a_line_for_everyone_and_for_the_limit():
     for value in chart["data"]["values"]:
         by_name.setdefault(value["who"], []).append(value["value"])
     assert by_name == {"ours": [30, 33, 36], "other": [20, 22, 24], "roofline": [5, 7, 7]}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("triton_poi_fused__to_copy_scaled_dot_product_cudnn_attention_3", "compiled passes"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
+        ("void cutlass::device_kernel<GemmUniversal<GroupProblemShape<int>>>", "experts' products"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "other products"),
+        ("multi_tensor_apply_kernel<FusedAdamMathFunctor<c10::BFloat16>>", "optimizer"),
+        ("_update", "optimizer"),
+        ("_gather_sum", "kernels of ours"),
+        ("Memcpy DtoD (Device -> Device)", "the rest"),
+    ],
+)
+def test_a_kernels_name_says_its_kind(kernel, kind):
+    from kernel_times import kind_of
+
+    assert kind_of(kernel) == kind
