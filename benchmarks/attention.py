@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from fathom.attention.base import attend_visible
 from fathom.layers.step import Step
-from fathom.ops.attention import attention
 
 HEADS = 16
 SHARES = (0.25, 0.2, 0.15, 0.125, 0.1, 0.075, 0.06, 0.04)  # of the tokens, by document
@@ -57,14 +57,13 @@ def pairs(case: Case) -> float:
 
 
 def ours(case: Case) -> Core:
+    """What the layers call."""
     width, _, batch, length, packed = case
-    mask = None
+    tokens, cu_seqlens = torch.zeros(batch, length, device="cuda", dtype=torch.int64), None
     if packed:
         cu_seqlens = torch.tensor(borders(case), device="cuda", dtype=torch.int32)
-        tokens = torch.zeros(batch, length, device="cuda", dtype=torch.int64)
-        mask = Step.full(tokens, cu_seqlens).mask(None, dtype=torch.bfloat16)
-    scale = width**-0.5
-    return lambda q, k, v: attention(q, k, v, scale=scale, mask=mask, causal=mask is None)
+    step = Step.full(tokens, cu_seqlens)
+    return lambda q, k, v: attend_visible(q, k, v, step, None, scale=width**-0.5)
 
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, bias: Tensor | None) -> Tensor:
