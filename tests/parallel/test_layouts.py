@@ -51,9 +51,19 @@ def alone(make_config, train64, tmp_path_factory) -> torch.Tensor:
 @pytest.mark.parametrize(
     "layout", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAYOUTS]
 )
-def test_twenty_steps_in_float64_are_those_of_one_process(layout, alone, make_config, train64):
+def test_twenty_steps_in_float64_are_those_of_one_process(
+    layout, alone, make_config, train64, run_dir, tmp_path_factory
+):
     got = train64(make_config(*LAYOUTS[layout]))
     torch.testing.assert_close(got, alone, rtol=1e-10, atol=0)
+    want = held_out(tmp_path_factory.getbasetemp() / "alone")
+    assert held_out(run_dir) == pytest.approx(want, rel=1e-6)
+
+
+def held_out(folder: Path) -> list[float]:
+    """The evaluations of a run, whose documents the ranks share unevenly; sums in float32."""
+    lines = (folder / "eval.jsonl").read_text().splitlines()
+    return [json.loads(line)["val_bpb"] for line in lines]
 
 
 @pytest.mark.slow
