@@ -1,7 +1,7 @@
 """A training step on several GPUs: data and expert parallelism against one GPU of the same machine.
 
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py [--out DIR] [--cases moe-1.25b]
-        [--layouts dp2 fsdp2 ep2 ep2-fsdp2] [--strong] [--eager]
+        [--layouts dp2 fsdp2 ep2 ep2-fsdp2] [--strong] [--eager] [--torchtitan]
 
 Without GPUs ``--cases tiny-deepseek --eager`` shows that it runs.
 
@@ -10,7 +10,8 @@ GPU`` takes the step alone in the same run, times the number of GPUs. Blocks are
 ``train.compile`` does, unless ``--eager``; pure bf16, AdamW and clipping as in training. One step
 of each layout is profiled: the share of its time in which the GPU idles, in which it sends tokens,
 and of that the part in which nothing else runs. The exchange's bandwidth stands beside that of an
-all-to-all of large equal parts.
+all-to-all of large equal parts. ``--torchtitan`` sets torchtitan (``torchtitan_peer.py``), blocks
+sharded by FSDP2 as its own trainer shards them, beside our layout of that name; without clipping.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torchtitan_peer
 from records import limits, milliseconds, row, spread, write
+from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 
 from fathom.config import ModelConfig, ParallelConfig
@@ -66,7 +69,6 @@ def make_step(case: str, rows: int, layout: Layout, *, compiled: bool) -> Callab
     """A whole optimizer step of this rank's ``rows``."""
     cfg, device = shape(case), torch.empty(0, device=DEVICE).device
     model = build(cfg, layout, seed=0, device=device, dtype=torch.bfloat16)
-    torch.compiler.reset()
     for block in model.blocks if compiled else ():
         block.compile()
     optimizer = Optimizer(model, TrainConfig(steps=1), layout)
@@ -89,21 +91,46 @@ def make_step(case: str, rows: int, layout: Layout, *, compiled: bool) -> Callab
     return step
 
 
-def measure(case: str, rows: int, layout: Layout, *, compiled: bool) -> dict[str, float]:
+def torchtitan_step(case: str, rows: int) -> Callable[[], None]:
+    """Its step under FSDP2 over all ranks."""
+    cfg, length = shape(case), ROWS[case][1]
+    model: Any = torchtitan_peer.build(cfg, length, attention="sdpa", device=DEVICE)
+    for block in (*model.layers.values(), model):
+        fully_shard(block)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    cross_entropy = torch.compile(torchtitan_peer.cross_entropy)
+    tokens = torch.randint(cfg.vocab_size, (rows, length), device=DEVICE)
+    targets = tokens.roll(-1, dims=1)
+
+    def step() -> None:
+        cross_entropy(model(tokens, attention_masks=None), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(make: Callable[[], Callable[[], None]], n_tokens: int) -> dict[str, float]:
     """Tokens per second of all ranks, memory of this one, and what one step's time is spent on."""
+    torch.compiler.reset()
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    step = make_step(case, rows, layout, compiled=compiled)
+    step = make()
     times = milliseconds(step, repeats=8, warmup=4)
-    tokens = rows * ROWS[case][1] * layout.world
     found = {
-        "tokens_per_second": tokens / statistics.median(times) * 1e3,
+        "tokens_per_second": n_tokens / statistics.median(times) * 1e3,
         "spread": spread(times),
         "gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0,
     }
     return found | (shares_of(step, statistics.median(times)) if DEVICE == "cuda" else {})
+
+
+def ours(case: str, rows: int, layout: Layout, *, compiled: bool) -> dict[str, float]:
+    """Of our step in a layout."""
+    n_tokens = rows * ROWS[case][1] * layout.world
+    return measure(lambda: make_step(case, rows, layout, compiled=compiled), n_tokens)
 
 
 def shares_of(step: Callable[[], None], ms: float) -> dict[str, float]:
@@ -145,7 +172,7 @@ def all_to_all_gb_per_s(layout: Layout, mib: int = 256) -> float:
 def weak(
     case: str,
     alone: dict[str, float],
-    ours: dict[str, float],
+    found: dict[str, float],
     layout: Layout,
     name: str,
     limit: float,
@@ -153,19 +180,40 @@ def weak(
     """The rows of one layout: speed, memory, and where its time goes."""
     of, (per_gpu, length) = f"{case}-{name}", ROWS[case]
     ideal = {f"one GPU x {layout.world}": layout.world * alone["tokens_per_second"]}
-    speed, gb = ours["tokens_per_second"], {"one GPU": alone["gb"]}
+    speed, gb = found["tokens_per_second"], {"one GPU": alone["gb"]}
     rows = [
-        row(f"{of}-weak", "tokens_per_second", "tokens/s", speed, ideal, spread=ours["spread"]),
-        row(f"{of}-weak", "peak_memory", "GB", ours["gb"], gb, higher_is_better=False),
+        row(f"{of}-weak", "tokens_per_second", "tokens/s", speed, ideal, spread=found["spread"]),
+        row(f"{of}-weak", "peak_memory", "GB", found["gb"], gb, higher_is_better=False),
     ]
     exchanged = ("exchange_share", "exposed_share") if layout.cfg.ep > 1 else ()
-    for key in ("idle_share", *exchanged) if "us" in ours else ():
-        rows.append(row(of, key, "share of step", ours[key], {}))
-    if exchanged and ours.get("us"):
+    for key in ("idle_share", *exchanged) if "us" in found else ():
+        rows.append(row(of, key, "share of step", found[key], {}))
+    if exchanged and found.get("us"):
         sent = parallel_size(shape(case), layout.cfg, n_tokens=per_gpu * length)["wire"]["exchange"]
-        rate = sent / ours["us"] / 1e3
+        rate = sent / found["us"] / 1e3
         rows.append(row(of, "exchange_rate", "GB/s", rate, {"large equal parts": limit}))
     return rows
+
+
+def beside_torchtitan(
+    case: str, found: dict[str, float], name: str, world: int
+) -> list[dict[str, Any]]:
+    """Speed and memory of one layout beside torchtitan's; nothing if that does not run here."""
+    if not torchtitan_peer.available():
+        return []
+    per_gpu, length = ROWS[case]
+    with torch._dynamo.config.patch(capture_scalar_outputs=False):  # torchtitan changes it
+        try:
+            theirs = measure(lambda: torchtitan_step(case, per_gpu), per_gpu * length * world)
+        except Exception as error:  # ours has been measured, and is to be written
+            print(f"{case} torchtitan did not run: {str(error)[:400]}", flush=True)
+            return []
+    of, speed, gb = f"{case}-{name}-torchtitan", found["tokens_per_second"], found["gb"]
+    peer, memory = theirs["tokens_per_second"], {"torchtitan": theirs["gb"]}
+    return [
+        row(of, "tokens_per_second", "tokens/s", speed, {"torchtitan": peer}),
+        row(of, "peak_memory", "GB", gb, memory, higher_is_better=False),
+    ]
 
 
 def main() -> None:
@@ -174,6 +222,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="*")
     parser.add_argument("--strong", action="store_true")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--torchtitan", action="store_true")
     parser.add_argument("--out")
     chosen = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -191,16 +240,21 @@ def main() -> None:
         found = {n: c for n, c in layouts(world).items() if n in (chosen.layouts or layouts(world))}
         for case in chosen.cases:
             per_gpu = ROWS[case][0]
-            alone = measure(case, per_gpu, ALONE, **how)  # every GPU for itself, at once
+            alone = ours(case, per_gpu, ALONE, **how)  # every GPU for itself, at once
             unit, speed = "tokens/s", alone["tokens_per_second"]
             record(row(f"{case}-one", "tokens_per_second", unit, speed, {}, spread=alone["spread"]))
             for name, cfg in found.items():
                 layout = Layout(cfg, whole.rank, DEVICE)
-                ours = measure(case, per_gpu, layout, **how)
-                record(*weak(case, alone, ours, layout, name, limit))
+                got = ours(case, per_gpu, layout, **how)
+                record(*weak(case, alone, got, layout, name, limit))
+                if chosen.torchtitan and name == f"fsdp{world}":
+                    record(*beside_torchtitan(case, got, name, world))
             for name, cfg in found.items() if chosen.strong and per_gpu % world == 0 else ():
-                ours = measure(case, per_gpu // world, Layout(cfg, whole.rank, DEVICE), **how)
-                ideal, got = {f"one GPU x {world}": world * speed}, ours["tokens_per_second"]
+                layout, ideal = (
+                    Layout(cfg, whole.rank, DEVICE),
+                    {f"one GPU x {world}": world * speed},
+                )
+                got = ours(case, per_gpu // world, layout, **how)["tokens_per_second"]
                 record(row(f"{case}-{name}-strong", "tokens_per_second", unit, got, ideal))
 
 
