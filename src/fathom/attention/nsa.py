@@ -27,7 +27,7 @@ from fathom.layers.position import NoPositionConfig, RopeConfig
 from fathom.layers.rope import Rope
 from fathom.layers.step import Step
 from fathom.ops.block_attention import block_attention
-from fathom.ops.range_attention import range_attention
+from fathom.ops.range_attention import range_attention, range_attention_with_sums
 from fathom.ops.rope import rotate
 from fathom.ops.selection import select_by_importance
 
@@ -230,15 +230,16 @@ class NSA(Attention):
             k_win, v_win = self.kept(k_win, v_win, step, ("k_win", "v_win"))
         highs_BT = (step.places(window) + 1).to(torch.int32)
         lows_BT = highs_BT - (step.positions_BT + 1).clamp(max=self.cfg.window_size)
+        out_cmp, lse_BTH = range_attention_with_sums(
+            q_BTHQ, k_BEGQ, v_BEGV, entries.lows_BT, entries.highs_BT, scale=self.scale
+        )
         return (
-            range_attention(
-                q_BTHQ, k_BEGQ, v_BEGV, entries.lows_BT, entries.highs_BT, scale=self.scale
-            ),
+            out_cmp,
             block_attention(
                 q_BTHQ,
                 k_slc,
                 v_slc,
-                self.starts(q_BTHQ, k_BEGQ, entries, step),
+                self.starts(q_BTHQ, k_BEGQ, entries, step, lse_BTH),
                 step.places("k"),
                 block_size=self.cfg.block_size,
                 scale=self.scale,
@@ -298,7 +299,14 @@ class NSA(Attention):
         k_BEGQ, v_BEGV = (t.unflatten(-1, (cfg.n_kv_heads, -1)) for t in kept)
         return entries, k_BEGQ, v_BEGV
 
-    def starts(self, q_BTHQ: Tensor, k_BEGQ: Tensor, entries: Entries, step: Step) -> Tensor:
+    def starts(
+        self,
+        q_BTHQ: Tensor,
+        k_BEGQ: Tensor,
+        entries: Entries,
+        step: Step,
+        lse_BTH: Tensor | None = None,
+    ) -> Tensor:
         """The blocks that each group reads, int32 ``[B, T, G, N]`` (eq. 8 to 12)."""
         cfg = self.cfg
         return select_by_importance(
@@ -315,6 +323,7 @@ class NSA(Attention):
             topk_blocks=cfg.topk_blocks,
             n_initial=cfg.n_initial_blocks,
             n_local=cfg.n_local_blocks,
+            lse_BTH=lse_BTH,
         )
 
     def selection(self, x_BTD: Tensor, step: Step) -> Selection:

@@ -60,7 +60,23 @@ def range_attention(
     scale: float,
     impl: Impl = "auto",
 ) -> Tensor:
-    """One softmax over the keys ``[low, high)`` of each query, ``[B, T, H, V]``.
+    """The mix of :func:`range_attention_with_sums` alone, ``[B, T, H, V]``."""
+    return range_attention_with_sums(
+        q_BTHQ, k_BSGQ, v_BSGV, lows_BT, highs_BT, scale=scale, impl=impl
+    )[0]
+
+
+def range_attention_with_sums(
+    q_BTHQ: Tensor,
+    k_BSGQ: Tensor,
+    v_BSGV: Tensor,
+    lows_BT: Tensor,
+    highs_BT: Tensor,
+    *,
+    scale: float,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """One softmax over the keys ``[low, high)`` of each query, and its log-sum-exp.
 
     Args:
         q_BTHQ: queries.
@@ -71,8 +87,11 @@ def range_attention(
         scale: what a score is multiplied by.
         impl: which implementation.
 
-    The softmax is in float32 (float64 for float64), the result in q's dtype. An empty range gives
-    zeros and passes no gradient back.
+    Returns:
+        The mix ``[B, T, H, V]`` in q's dtype, its softmax in float32 (float64 for float64); an
+        empty range gives zeros and passes no gradient back. The log-sum-exp is ``[B, T, H]`` in
+        base 2, not differentiable, ``inf`` for an empty range; None where an implementation does
+        not have it.
 
     Raises:
         ValueError: G does not divide H, or a refused ``impl``.
@@ -91,7 +110,7 @@ def range_attention(
             lows_BT.to(torch.int32).contiguous(),
             highs_BT.to(torch.int32).contiguous(),
             scale,
-        )[0]
+        )
     core = attention_reference if chosen == "reference" else torch_attention
     batch, n_keys = k_BSGQ.shape[:2]
 
@@ -100,7 +119,7 @@ def range_attention(
         return core(q_BTHQ, k_BSGQ, v_BSGV, scale, bias, False)
 
     numbers = batch * n_keys * (q_BTHQ.shape[2] if chosen == "reference" else 1)
-    return by_queries(run, chunk_size(numbers), q_BTHQ, lows_BT, highs_BT)
+    return by_queries(run, chunk_size(numbers), q_BTHQ, lows_BT, highs_BT), None
 
 
 def in_range(lows_BT: Tensor, highs_BT: Tensor, n_keys: int) -> Tensor:
@@ -134,6 +153,7 @@ def _range_attention_backward(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, dout_BTHV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -120,6 +120,7 @@ def select_by_importance(
     topk_blocks: int,
     n_initial: int = 1,
     n_local: int = 2,
+    lse_BTH: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """NSA: the forced blocks, then those on which the compressed branch puts most weight.
@@ -142,6 +143,8 @@ def select_by_importance(
         topk_blocks: blocks to select, the forced ones included.
         n_initial: the first blocks of the document are forced ...
         n_local: ... and so are the newest, the current one included.
+        lse_BTH: log-sum-exp in base 2 of the compressed branch's scores, if it is known (from
+            ``range_attention_with_sums``): saves the kernel a pass.
         impl: which implementation.
 
     Returns:
@@ -164,7 +167,8 @@ def select_by_importance(
         )
     if choose(SELECT_BY_IMPORTANCE, impl, q_BTHQ, k_BEGQ) == "triton":
         counts = (lows_BT, highs_BT, positions_BT, places_BT)
-        tensors = [q_BTHQ, k_BEGQ, *(t.to(torch.int32) for t in counts)]
+        sums = [] if lse_BTH is None else [lse_BTH]
+        tensors = [q_BTHQ, k_BEGQ, *(t.to(torch.int32) for t in counts), *sums]
         blocks = [cmp_block_size, cmp_stride, block_size, topk_blocks, n_initial, n_local]
         return _select_by_importance([t.contiguous() for t in tensors], scale, blocks)
     k_BEGQ = k_BEGQ.to(wide(k_BEGQ.dtype))
@@ -248,14 +252,18 @@ def _select_by_mean(tensors: list[Tensor], block_size: int, topk_blocks: int) ->
     fake=lambda tensors, scale, blocks: tensors[0].new_empty(
         *tensors[0].shape[:2], tensors[1].shape[2], blocks[3], dtype=torch.int32
     ),
-    flops=lambda tensors, *_: 4 * math.prod(tensors[0]) * tensors[1][1],
+    flops=lambda tensors, *_: (
+        (2 if len(tensors) > 6 else 4) * math.prod(tensors[0]) * tensors[1][1]
+    ),
 )
 def _select_by_importance(tensors: list[Tensor], scale: float, blocks: list[int]) -> Tensor:
     """``blocks``: the sizes and counts of ``select_by_importance``, in the order of its arguments.
 
-    Scores are computed twice, once for their sum. FLOPs as if every query saw every entry.
+    Without the sums of exponentials, scores are computed twice. FLOPs as if every query saw every
+    entry.
     """
     from fathom.ops.triton import selection as kernels
 
-    q, k, lows, highs, positions, places = tensors
-    return kernels.select_by_importance(q, k, lows, highs, positions, places, scale, *blocks)
+    q, k, lows, highs, positions, places, *sums = tensors
+    lse = sums[0] if sums else None
+    return kernels.select_by_importance(q, k, lows, highs, positions, places, lse, scale, *blocks)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from fathom.ops.selection import select_by_importance, select_by_mean
+from fathom.ops.triton import range_attention
 from fathom.ops.triton import selection as kernels
 from ops.hopper import SHARED_LIMIT, Source, build
 
 KINDS = {
     "*bf16": "q k means",
+    "*fp32": "lse",
     "*i32": "lows highs positions places starts",
     "i32:16": "T E",
     "fp32": "scale",
@@ -18,6 +20,7 @@ IMPORTANCE = {  # documents, H, G, entry, stride, block, blocks
     "one-entry-a-block": ([3, 25, 7], 8, 1, 4, 4, 4, 5),
     "overlapping-entries": ([30, 21], 3, 3, 8, 4, 16, 4),
     "entries-longer-than-blocks": ([9, 40], 2, 1, 16, 4, 8, 3),
+    "more-blocks-than-are-kept": ([75], 2, 1, 1, 1, 1, 4),
 }
 
 
@@ -44,17 +47,20 @@ def by_importance(case, *, ties=False, **kind):
     return (q, k, *counts), sizes | {"topk_blocks": blocks}
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["sums-it-up", "knows-the-sums"])
 @pytest.mark.parametrize("case", IMPORTANCE.values(), ids=IMPORTANCE)
-def test_importance_selects_the_references_blocks(case):
-    tensors, sizes = by_importance(case)
-    want = select_by_importance(*tensors, scale=0.25, **sizes, impl="reference")
-    got = kernels.select_by_importance(*tensors, 0.25, *sizes.values(), 1, 2)
-    assert torch.equal(got, want)
+def test_importance_selects_the_references_blocks(case, known, monkeypatch):
+    monkeypatch.setattr(kernels, "KEPT", 64)
+    (q, k, lows, highs, *rest), sizes = by_importance(case)
+    want = select_by_importance(q, k, lows, highs, *rest, scale=0.25, **sizes, impl="reference")
+    lse = range_attention.forward(q, k, k, lows, highs, 0.25)[1] if known else None
+    tensors = (q, k, lows, highs, *rest, lse)
+    assert torch.equal(kernels.select_by_importance(*tensors, 0.25, *sizes.values(), 1, 2), want)
 
 
 def test_equal_importance_selects_the_forced_blocks_then_the_earliest():
     tensors, sizes = by_importance(([31], 2, 1, 4, 4, 4, 5), ties=True)
-    got = kernels.select_by_importance(*tensors, 0.25, *sizes.values(), 1, 2)[0, :, 0]
+    got = kernels.select_by_importance(*tensors, None, 0.25, *sizes.values(), 1, 2)[0, :, 0]
     for position, starts in enumerate(got.tolist()):
         current = position // 4
         forced = sorted({0, max(current - 1, 0), current})
@@ -76,12 +82,14 @@ def test_means_select_the_references_blocks(heads, groups, blocks, ties):
 
 def test_the_kernels_fit_a_hopper_without_spilling():
     nsa = {"H": 64, "G": 4, "R": 16, "RP": 16, "Q": 128, "QP": 128, "N": 16, "NP": 16, "BLOCK": 64}
-    cut = {"INITIAL": 1, "LOCAL": 2, "ENTRIES": 64, "ROWS": 128}
-    cut |= {"BEFORE": 2, "LENGTH": 4, "J": 15, "JP": 16}
+    cut = {"INITIAL": 1, "LOCAL": 2, "ENTRIES": 64, "ROWS": 128, "KNOWN": False}
+    paper = cut | {"BEFORE": 2, "LENGTH": 4, "J": 15, "JP": 16, "TILES": 32}
+    plain = cut | {"BEFORE": 1, "LENGTH": 1, "J": 64, "JP": 64, "TILES": 8, "KNOWN": True}
     moba = nsa | {"G": 64, "R": 1, "RP": 1, "N": 8, "NP": 8, "ENTRIES": 64, "ROWS": 64}
     module = "fathom.ops.triton.selection"
     for built in build(
-        Source(f"{module}:_by_importance", TYPES | nsa | cut, {"num_warps": 8, "num_stages": 2}),
+        Source(f"{module}:_by_importance", TYPES | nsa | paper, {"num_warps": 8, "num_stages": 2}),
+        Source(f"{module}:_by_importance", TYPES | nsa | plain, {"num_warps": 8, "num_stages": 2}),
         Source(f"{module}:_by_mean", TYPES | moba, {"num_warps": 4, "num_stages": 2}),
     ):
         assert built.spilled == 0, built

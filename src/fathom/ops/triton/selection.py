@@ -20,6 +20,7 @@ from torch import Tensor
 from fathom.ops.triton.softmax import LOG2_E, load_rows, online_softmax
 
 ENTRIES = 64  # entries of a tile
+KEPT = 512  # blocks whose importance is kept before the best of them are merged
 
 
 @triton.jit
@@ -99,17 +100,19 @@ def _log_sum(q_XQ, k, head, low, high, first, last, scale, G: tl.constexpr, Q: t
 
 @triton.jit
 def _by_importance(
-    q, k, lows, highs, positions, places, starts, T, E, scale,
+    q, k, lows, highs, positions, places, lse, starts, T, E, scale, KNOWN: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, QP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr,
     BEFORE: tl.constexpr, LENGTH: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    ENTRIES: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a query (its heads) add up and select together.
+    """The rows of a query (its heads) add up and select together. KNOWN: ``lse`` is.
 
     Block j overlaps the document's entries ``j * LENGTH - (BEFORE - 1)`` to ``(j + 1) * LENGTH -
     1``; a tile of J blocks reads all entries that they overlap. Blocks are counted from the start
-    of a document, so each document of a tile of queries is walked on its own.
+    of a document, so each document of a tile of queries is walked on its own. Sorting is what
+    takes time, so the importance of TILES tiles is kept before it is merged with the best so far.
     """
     QUERIES: tl.constexpr = ROWS // RP
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
@@ -118,18 +121,23 @@ def _by_importance(
     t, r = tile + x // RP, x % RP
     there = (t < T) & (r < R)
     bt = b * T + tl.minimum(t, T - 1)
-    q_XQ = load_rows(q, bt * H + g * R + tl.minimum(r, R - 1), Q, QP)
+    row = bt * H + g * R + tl.minimum(r, R - 1)
+    q_XQ = load_rows(q, row, Q, QP)
     low, high = tl.load(lows + bt), tl.load(highs + bt)
     high = tl.where(there, high, low)
     head = b.to(tl.int64) * E * G + g
-    some = low < high
-    first, last = tl.min(tl.where(some, low, E)), tl.max(tl.where(some, high, 0))
-    lse = _log_sum(q_XQ, k, head, low, high, first, last, scale, G, Q, QP, ENTRIES, ROWS)
+    if KNOWN:
+        log_sum = tl.load(lse + row)
+    else:
+        some = low < high
+        first, last = tl.min(tl.where(some, low, E)), tl.max(tl.where(some, high, 0))
+        log_sum = _log_sum(q_XQ, k, head, low, high, first, last, scale, G, Q, QP, ENTRIES, ROWS)
 
     query = b * T + tl.minimum(tile + tl.arange(0, QUERIES), T - 1)
     position, place = tl.load(positions + query), tl.load(places + query)
     low_of, current = tl.load(lows + query), position // BLOCK
-    j, e = tl.arange(0, JP), tl.arange(0, ENTRIES)
+    j, e, c = tl.arange(0, JP), tl.arange(0, ENTRIES), tl.arange(0, TILES * JP)
+    slots = tl.arange(0, TILES)[None, :, None]
     step = e[:, None] - (BEFORE - 1) - j[None, :] * LENGTH
     shared = tl.minimum(tl.minimum(step + BEFORE, LENGTH - step), min(BEFORE, LENGTH))
     shared = tl.maximum(shared, 0).to(tl.float32)
@@ -137,25 +145,29 @@ def _by_importance(
     document, newest = tl.min(low_of), tl.max(low_of)
     while document <= newest:
         blocks = tl.max(tl.where(low_of == document, current, -1)) + 1
-        for base in range(0, blocks, J):
-            inside = base * LENGTH - (BEFORE - 1) + e
-            entries = document + inside
-            at = tl.maximum(tl.minimum(entries, E - 1), 0)
-            k_EQ = load_rows(k, head + at * G, Q, QP)
-            scores = tl.dot(q_XQ, tl.trans(k_EQ), input_precision="ieee") * scale
-            seen = (inside >= 0)[None, :] & (entries[None, :] < high[:, None])
-            seen &= (low == document)[:, None]
-            weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
-            weights = tl.sum(weights.reshape(QUERIES, RP, ENTRIES), 1)
-            if (BEFORE == 1) & (LENGTH == 1):
-                importance = weights
-            else:
-                importance = tl.sum(weights[:, :, None] * shared[None, :, :], 1)
-            block = base + j[None, :]
+        for base in range(0, blocks, TILES * J):
+            kept = tl.zeros([QUERIES, TILES, JP], tl.float32)
+            for slot in range(tl.minimum(tl.cdiv(blocks - base, J), TILES)):
+                inside = (base + slot * J) * LENGTH - (BEFORE - 1) + e
+                entries = document + inside
+                at = tl.maximum(tl.minimum(entries, E - 1), 0)
+                k_EQ = load_rows(k, head + at * G, Q, QP)
+                scores = tl.dot(q_XQ, tl.trans(k_EQ), input_precision="ieee") * scale
+                seen = (inside >= 0)[None, :] & (entries[None, :] < high[:, None])
+                seen &= (low == document)[:, None]
+                weights = tl.where(seen, tl.exp2(scores - log_sum[:, None]), 0.0)
+                weights = tl.sum(weights.reshape(QUERIES, RP, ENTRIES), 1)
+                if (BEFORE == 1) & (LENGTH == 1):
+                    importance = weights
+                else:
+                    importance = tl.sum(weights[:, :, None] * shared[None, :, :], 1)
+                kept = tl.where(slots == slot, importance[:, None, :], kept)
+            block = (base + c // JP * J + c % JP)[None, :]
             forced = (block < INITIAL) | (block > current[:, None] - LOCAL)
-            keys = _keys(tl.where(forced, float("inf"), importance), block)
-            real = (block <= current[:, None]) & (low_of == document)[:, None] & (j < J)[None, :]
-            best = _best(best, tl.where(real, keys, _nothing()), QUERIES, NP, JP)
+            kept = tl.where(forced, float("inf"), kept.reshape(QUERIES, TILES * JP))
+            real = (block <= current[:, None]) & (low_of == document)[:, None]
+            keys = tl.where(real & (c % JP < J)[None, :], _keys(kept, block), _nothing())
+            best = _best(best, keys, QUERIES, NP, TILES * JP)
         document = tl.min(tl.where(low_of > document, low_of, 2147483647))
         document = tl.where(document == 2147483647, newest + 1, document)
     n = tl.arange(0, NP)
@@ -199,8 +211,8 @@ def select_by_mean(
 
 def select_by_importance(
     q: Tensor, k: Tensor, lows: Tensor, highs: Tensor, positions: Tensor, places: Tensor,
-    scale: float, cmp_block_size: int, cmp_stride: int, block_size: int, topk_blocks: int,
-    n_initial: int, n_local: int,
+    lse: Tensor | None, scale: float, cmp_block_size: int, cmp_stride: int, block_size: int,
+    topk_blocks: int, n_initial: int, n_local: int,
 ) -> Tensor:  # fmt: skip
     """``starts_BTGN``. All tensors are contiguous, what counts tokens or entries is int32."""
     fixed = constants(q, k)
@@ -209,12 +221,16 @@ def select_by_importance(
     kept = triton.next_power_of_2(topk_blocks)
     entries = max(ENTRIES, triton.next_power_of_2(length + before - 1))
     blocks = (entries - before + 1) // length
+    padded = max(triton.next_power_of_2(blocks), kept)
+    all_tiles = triton.cdiv(triton.cdiv(k.shape[1], length) + 1, blocks)
+    tiles = min(triton.next_power_of_2(all_tiles), max(KEPT // padded, 1))
     rows = max(128 if q.itemsize == 2 else 64, fixed["RP"])
     grid = (triton.cdiv(q.shape[1], rows // fixed["RP"]), q.shape[0] * k.shape[2])
     _by_importance[grid](
-        q, k, lows, highs, positions, places, starts, q.shape[1], k.shape[1], scale * LOG2_E,
+        q, k, lows, highs, positions, places, starts if lse is None else lse, starts,
+        q.shape[1], k.shape[1], scale * LOG2_E, lse is not None,
         **fixed, N=topk_blocks, NP=kept, BLOCK=block_size, BEFORE=before, LENGTH=length,
-        INITIAL=n_initial, LOCAL=n_local, ENTRIES=entries, J=blocks,
-        JP=max(triton.next_power_of_2(blocks), kept), ROWS=rows, num_warps=8, num_stages=2,
+        INITIAL=n_initial, LOCAL=n_local, ENTRIES=entries, J=blocks, JP=padded, TILES=tiles,
+        ROWS=rows, num_warps=8, num_stages=2,
     )  # fmt: skip
     return starts
