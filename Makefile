@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
 WORKERS ?= 2
 
-.PHONY: demo test check format test-slow test-lowest test-gpu bench docs clean help
+.PHONY: demo test check format test-slow test-lowest test-gpu sanitize bench docs clean help
 
 help:
 	@echo "make demo       train the demo ladder on real text and write runs/demo/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-slow  what does not fit in 'make test'"
 	@echo "make test-lowest   the tests with the oldest allowed dependencies"
 	@echo "make test-gpu   tests that need a CUDA device"
+	@echo "make sanitize   every kernel under NVIDIA's compute-sanitizer, on a CUDA device"
 	@echo "make bench NAME=x   run benchmarks/x.py"
 	@echo "make docs       build the documentation and check its links"
 
@@ -59,6 +60,14 @@ test-lowest:
 # Uses the machine's own torch, a CUDA build: python3 with the test tools installed.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+
+# A first run without a tool compiles the kernels.
+sanitize:
+	PYTHONPATH=src $(PYTHON) tests/ops/sanitize.py
+	for tool in memcheck racecheck initcheck synccheck; do \
+		PYTHONPATH=src compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(PYTHON) tests/ops/sanitize.py || exit 1; \
+	done
 
 bench: $(READY)
 	$(BIN)/python benchmarks/$(NAME).py
