@@ -15,7 +15,7 @@ from fathom.ops.block_attention import block_attention, masked_refusal
 from fathom.ops.indexer import rows_of_all
 from fathom.ops.registry import Impl, Implementations, autocast, choose, op, takes_all
 
-MAX_NUMBERS = 2**31  # of all keys: what an int32 offset reaches
+MAX_NUMBERS = 2**31  # of a row's keys, in training of all: what an int32 offset reaches
 
 
 def triton_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
@@ -33,10 +33,10 @@ def triton_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
 
 def _shape_refusal(k_BSF: Tensor, v_BSC: Tensor) -> str:
     widths = v_BSC.shape[-1], k_BSF.shape[-1] - v_BSC.shape[-1]
-    if any(width < 16 or width & (width - 1) for width in widths):
-        return f"it needs a latent and a rotated part of 16, 32, 64, ... channels, got {widths}"
-    if k_BSF.numel() >= MAX_NUMBERS:
-        return f"it needs keys of fewer than 2**31 numbers, got {k_BSF.numel()}"
+    if widths[0] < 32 or widths[1] < 16 or any(width & (width - 1) for width in widths):
+        return f"it needs a latent of 32, 64, ... channels, 16, 32, ... rotated ones, got {widths}"
+    if (numbers := (k_BSF if k_BSF.requires_grad else k_BSF[:1]).numel()) >= MAX_NUMBERS:
+        return f"it needs keys of fewer than 2**31 numbers, got {numbers}"
     return ""
 
 
@@ -155,8 +155,4 @@ def _token_attention(
     """The mix, and the log-sum-exp of each query's scores in base 2."""
     from fathom.ops.triton import token_attention as kernel
 
-    q_MHF, k_SF = q_BTHF.flatten(0, 1).contiguous(), k_BSF.flatten(0, 1).contiguous()
-    out_MHC, lse_MH = kernel.forward(
-        q_MHF, k_SF, rows_of_all(k_BSF, selected_BTN), value_dim, scale
-    )
-    return out_MHC.view(*q_BTHF.shape[:3], value_dim), lse_MH.view(q_BTHF.shape[:3])
+    return kernel.forward(q_BTHF.contiguous(), k_BSF, selected_BTN, value_dim, scale)

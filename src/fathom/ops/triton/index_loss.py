@@ -30,7 +30,7 @@ from fathom.ops.triton.token_attention import (
 )
 
 CHUNK_BYTES = 2**30  # of one chunk's shares of the keys' gradients
-TILES = {"mass": Tile(64, 32, 8, 3), "index": Tile(64, 64, 8, 3)}
+TILES = {"mass": Tile(64, 64, 8, 1), "index": Tile(64, 64, 8, 3)}
 SMALL = Tile(16, 32, 4, 2)  # few heads, or float32
 
 
@@ -102,12 +102,20 @@ def _mass(
         )
         log = tl.where(heads < H, log, float("inf"))
     into = mass + tl.program_id(0).to(tl.int64) * n_selected
-    for start in tl.range(0, n_selected, TOKENS, disable_licm=True):
-        slots = start + tl.arange(0, TOKENS)
-        tokens = tl.load(selected + query * n_selected + slots)
-        latent, rope = _rows(k, tokens, C, R)
+    selected += query * n_selected
+    some = tl.arange(0, TOKENS)
+    tokens = tl.load(selected + some)
+    tokens_after = tl.load(selected + TOKENS + some, mask=TOKENS + some < n_selected, other=-1)
+    latent, rope = _rows(k, tokens, C, R)
+    # The next tile's latents come through registers: see ``token_attention._forward``.
+    for start in tl.range(0, n_selected, TOKENS, num_stages=1, disable_licm=True):
+        ahead = start + 2 * TOKENS + some
+        latent_after, rope_after = _rows(k, tokens_after, C, R)
+        tokens_ahead = tl.load(selected + ahead, mask=ahead < n_selected, other=-1)
         scores = _scores(q_latent, q_rope, latent, rope, tokens, scale_log2)
-        tl.store(into + slots, tl.sum(tl.exp2(scores - log[:, None]), axis=0))
+        tl.store(into + start + some, tl.sum(tl.exp2(scores - log[:, None]), axis=0))
+        latent, rope = latent_after, rope_after
+        tokens, tokens_after = tokens_after, tokens_ahead
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What all attention kernels share: rows in and out, and the online softmax (arXiv:2205.14135).
+"""What all attention kernels share: rows in and out, the online softmax (arXiv:2205.14135), sizes.
 
 Exponentials are in base 2: scores come multiplied by ``scale * log2(e)``. A row that sees nothing
 keeps a maximum of ``-inf`` and a sum of 0; its ``lse`` is ``+inf``, so that a backward finds
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 
@@ -26,6 +27,30 @@ class Tile:
     def options(self, *, rows: bool = True) -> dict[str, int]:
         sizes = {"KEYS": self.keys} | ({"ROWS": self.rows} if rows else {})
         return sizes | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def padded(size: int) -> int:
+    """What a side of a matrix product is padded to."""
+    return max(triton.next_power_of_2(size), 16)
+
+
+def group_sizes(q: Tensor, k: Tensor) -> dict[str, int]:
+    """Constants of a kernel whose rows are heads that share a key head, by their names."""
+    rows, width = q.shape[2] // k.shape[2], q.shape[3]
+    sizes = {"H": q.shape[2], "G": k.shape[2], "R": rows, "RP": triton.next_power_of_2(rows)}
+    return sizes | {"Q": width, "QP": padded(width)}
+
+
+def key_rows(*tensors_BSGW: Tensor) -> tuple[int, list[Tensor]]:
+    """How many keys each batch row has room for, and the tensors, which then have that much.
+
+    The filled part of a cache stands in one piece for each batch row, with the rest behind it: no
+    reason to copy it. What stands otherwise is copied.
+    """
+    rooms = {t.stride(0) // t[0, 0].numel() if t[0].is_contiguous() else 0 for t in tensors_BSGW}
+    if len(rooms) == 1 and (room := rooms.pop()):
+        return room, list(tensors_BSGW)
+    return tensors_BSGW[0].shape[1], [t.contiguous() for t in tensors_BSGW]
 
 
 @triton.jit

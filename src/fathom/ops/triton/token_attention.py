@@ -19,7 +19,6 @@ kernel arguments are constants.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Triton's annotations ask for a constexpr where it takes any number.)
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = math.log2(math.e)
+from fathom.ops.triton.softmax import LOG2_E, key_rows, online_softmax
+
 ENTRIES = 16  # of a list, that a program reads at a time
 CHUNK_BYTES = 2**31  # of one chunk's shares of the keys' gradients
 
@@ -73,12 +73,21 @@ def _scores(q_latent, q_rope, latent, rope, tokens, scale_log2):
 
 
 @triton.jit
+def _part(k, tokens, first: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr):
+    """``COLUMNS`` channels, from ``first``, of some tokens' rows of W; zeros for -1."""
+    at = k + first + tokens[:, None] * W + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(at, mask=(tokens >= 0)[:, None], other=0.0)
+
+
+@triton.jit
 def _forward(
     q,
     k,
     selected,
     out,
     lse,
+    T,
+    room,
     n_selected,
     scale_log2,
     H: tl.constexpr,
@@ -87,34 +96,50 @@ def _forward(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """``out [M, H, C]`` and the log-sum-exp in base 2, ``[M, H]`` (+inf where nothing is seen)."""
+    """``out [M, H, C]`` and the log-sum-exp in base 2, ``[M, H]`` (+inf where nothing is seen).
+
+    A tile's latents come in halves through registers: while one half is multiplied, the other is on
+    its way. Two whole tiles in shared memory would leave no room for a query's heads, and Triton
+    starts an indirect copy only after the products of the tile before.
+    """
+    A: tl.constexpr = C // 2
+    W: tl.constexpr = C + R
     tiles: tl.constexpr = tl.cdiv(H, HEADS)
     query = (tl.program_id(0) // tiles).to(tl.int64)
     heads = (tl.program_id(0) % tiles) * HEADS + tl.arange(0, HEADS)
-    q += query * (H * (C + R))
-    q_latent = _heads(q, heads, H, HEADS, C + R, C)
-    q_rope = _heads(q + C, heads, H, HEADS, C + R, R)
+    q += query * (H * W)
+    q_a = _heads(q, heads, H, HEADS, W, A)
+    q_b = _heads(q + A, heads, H, HEADS, W, A)
+    q_rope = _heads(q + C, heads, H, HEADS, W, R)
+    k += query // T * room * W
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, C], tl.float32)
+    acc_a = tl.zeros([HEADS, A], tl.float32)
+    acc_b = tl.zeros([HEADS, A], tl.float32)
+    slots = tl.arange(0, TOKENS)
+    selected += query * n_selected
+    tokens = tl.load(selected + slots)
+    k_a, rope = _part(k, tokens, 0, W, A), _part(k, tokens, C, W, R)
     # Hoisted out of the loop, the addresses of q's parts would fill the registers.
-    for start in tl.range(0, n_selected, TOKENS, disable_licm=True):
-        slots = start + tl.arange(0, TOKENS)
-        tokens = tl.load(selected + query * n_selected + slots)
-        latent, rope = _rows(k, tokens, C, R)
-        scores = _scores(q_latent, q_rope, latent, rope, tokens, scale_log2)
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = tl.dot(
-            weights.to(latent.dtype), latent, acc * shrink[:, None], input_precision="ieee"
-        )
-        top = higher
+    for start in tl.range(0, n_selected, TOKENS, num_stages=1, disable_licm=True):
+        k_b = _part(k, tokens, A, W, A)
+        after = start + TOKENS + slots
+        tokens_after = tl.load(selected + after, mask=after < n_selected, other=-1)
+        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+        scores = tl.dot(q_a, tl.trans(k_a), scores, input_precision="ieee")
+        scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee") * scale_log2
+        scores = tl.where((tokens >= 0)[None, :], scores, float("-inf"))
+        k_a_after, rope = _part(k, tokens_after, 0, W, A), _part(k, tokens_after, C, W, R)
+        weights, top, total, shrink = online_softmax(scores, top, total)
+        weights = weights.to(k_a.dtype)
+        acc_a = tl.dot(weights, k_a, acc_a * shrink[:, None], input_precision="ieee")
+        acc_b = tl.dot(weights, k_b, acc_b * shrink[:, None], input_precision="ieee")
+        tokens, k_a = tokens_after, k_a_after
     seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    _store_heads(out + query * (H * C), acc, heads, H, HEADS, C, C)
+    divisor = tl.where(seen, total, 1.0)[:, None]
+    out += query * (H * C)
+    _store_heads(out, acc_a / divisor, heads, H, HEADS, C, A)
+    _store_heads(out + A, acc_b / divisor, heads, H, HEADS, C, A)
     log = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
     _store_heads(lse + query * H, log[:, None], heads, H, HEADS, 1, 1)
 
@@ -124,9 +149,9 @@ def _slopes(
     q,
     k,
     selected,
+    out,
     dout,
     lse,
-    delta,
     slopes,
     n_selected,
     scale,
@@ -137,7 +162,10 @@ def _slopes(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """``slopes [M, 2 H, N]``: the weights P, then the gradients dS of the scores."""
+    """``slopes [M, 2 H, N]``: the weights P, then the gradients dS of the scores.
+
+    The next tile's latents come through registers, as in ``_forward``: here a whole tile fits.
+    """
     tiles: tl.constexpr = tl.cdiv(H, HEADS)
     query = (tl.program_id(0) // tiles).to(tl.int64)
     heads = (tl.program_id(0) % tiles) * HEADS + tl.arange(0, HEADS)
@@ -146,12 +174,18 @@ def _slopes(
     q_rope = _heads(q + C, heads, H, HEADS, C + R, R)
     dout_latent = _heads(dout + query * (H * C), heads, H, HEADS, C, C)
     log = tl.load(lse + query * H + heads, mask=heads < H, other=float("inf"))
-    mean = tl.load(delta + query * H + heads, mask=heads < H, other=0.0)
+    out_latent = _heads(out + query * (H * C), heads, H, HEADS, C, C)
+    mean = tl.sum(out_latent.to(tl.float32) * dout_latent, axis=1)
     slopes += query * (2 * H * n_selected)
-    for start in tl.range(0, n_selected, TOKENS, disable_licm=True):
-        slots = start + tl.arange(0, TOKENS)
-        tokens = tl.load(selected + query * n_selected + slots)
-        latent, rope = _rows(k, tokens, C, R)
+    selected += query * n_selected
+    some = tl.arange(0, TOKENS)
+    tokens = tl.load(selected + some)
+    tokens_after = tl.load(selected + TOKENS + some, mask=TOKENS + some < n_selected, other=-1)
+    latent, rope = _rows(k, tokens, C, R)
+    for start in tl.range(0, n_selected, TOKENS, num_stages=1, disable_licm=True):
+        slots, ahead = start + some, start + 2 * TOKENS + some
+        latent_after, rope_after = _rows(k, tokens_after, C, R)
+        tokens_ahead = tl.load(selected + ahead, mask=ahead < n_selected, other=-1)
         scores = _scores(q_latent, q_rope, latent, rope, tokens, scale_log2)
         weights = tl.exp2(scores - log[:, None])
         dweights = tl.dot(dout_latent, tl.trans(latent), input_precision="ieee")
@@ -159,6 +193,8 @@ def _slopes(
         into = slopes + heads[:, None] * n_selected + slots[None, :]
         tl.store(into, weights.to(latent.dtype), mask=(heads < H)[:, None])
         tl.store(into + H * n_selected, dscores.to(latent.dtype), mask=(heads < H)[:, None])
+        latent, rope = latent_after, rope_after
+        tokens, tokens_after = tokens_after, tokens_ahead
 
 
 @triton.jit
@@ -174,23 +210,33 @@ def _dq(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """``dq = dS k``."""
+    """``dq = dS k``; latents come in halves, as in ``_forward``."""
+    A: tl.constexpr = C // 2
+    W: tl.constexpr = C + R
     tiles: tl.constexpr = tl.cdiv(H, HEADS)
     query = (tl.program_id(0) // tiles).to(tl.int64)
     heads = (tl.program_id(0) % tiles) * HEADS + tl.arange(0, HEADS)
     dscores_at = slopes + (query * 2 + 1) * (H * n_selected) + heads[:, None] * n_selected
-    acc = tl.zeros([HEADS, C], tl.float32)
-    rope_acc = tl.zeros([HEADS, R], tl.float32)
-    for start in tl.range(0, n_selected, TOKENS, disable_licm=True):
-        slots = start + tl.arange(0, TOKENS)
-        tokens = tl.load(selected + query * n_selected + slots)
-        latent, rope = _rows(k, tokens, C, R)
+    acc_a = tl.zeros([HEADS, A], tl.float32)
+    acc_b = tl.zeros([HEADS, A], tl.float32)
+    acc_rope = tl.zeros([HEADS, R], tl.float32)
+    selected += query * n_selected
+    some = tl.arange(0, TOKENS)
+    tokens = tl.load(selected + some)
+    k_a, rope = _part(k, tokens, 0, W, A), _part(k, tokens, C, W, R)
+    for start in tl.range(0, n_selected, TOKENS, num_stages=1, disable_licm=True):
+        k_b = _part(k, tokens, A, W, A)
+        slots, after = start + some, start + TOKENS + some
+        tokens = tl.load(selected + after, mask=after < n_selected, other=-1)
         dscores = tl.load(dscores_at + slots[None, :], mask=(heads < H)[:, None], other=0.0)
-        acc = tl.dot(dscores, latent, acc, input_precision="ieee")
-        rope_acc = tl.dot(dscores, rope, rope_acc, input_precision="ieee")
-    dq += query * (H * (C + R))
-    _store_heads(dq, acc, heads, H, HEADS, C + R, C)
-    _store_heads(dq + C, rope_acc, heads, H, HEADS, C + R, R)
+        acc_rope = tl.dot(dscores, rope, acc_rope, input_precision="ieee")
+        acc_a = tl.dot(dscores, k_a, acc_a, input_precision="ieee")
+        k_a, rope = _part(k, tokens, 0, W, A), _part(k, tokens, C, W, R)
+        acc_b = tl.dot(dscores, k_b, acc_b, input_precision="ieee")
+    dq += query * (H * W)
+    _store_heads(dq, acc_a, heads, H, HEADS, W, A)
+    _store_heads(dq + A, acc_b, heads, H, HEADS, W, A)
+    _store_heads(dq + C, acc_rope, heads, H, HEADS, W, R)
 
 
 @triton.jit
@@ -231,45 +277,52 @@ class Tile:
 
 
 TILES = {  # by what fits in Hopper's registers and shared memory at C = 512, R = 64
-    "forward": Tile(64, 64, 8, 3),
-    "slopes": Tile(64, 32, 8, 3),
-    "dq": Tile(64, 64, 8, 3),
+    "forward": Tile(64, 64, 8, 1),
+    "slopes": Tile(64, 64, 8, 1),
+    "dq": Tile(64, 64, 8, 1),
 }
-SMALL = Tile(16, 32, 4, 2)  # few heads, or float32
+SMALL = Tile(16, 16, 4, 1)  # few heads, or float32
 
 
 def tile(kernel: str, dtype: torch.dtype, n_heads: int) -> Tile:
     return SMALL if dtype == torch.float32 or n_heads <= SMALL.heads else TILES[kernel]
 
 
-def padded(selected_MN: Tensor) -> Tensor:
-    """With -1 to a whole number of tiles."""
+def padded(selected: Tensor) -> Tensor:
+    """With -1 to a whole number of tiles in the last dim."""
     largest = max(t.tokens for t in (SMALL, *TILES.values()))
-    return torch.nn.functional.pad(selected_MN, (0, -selected_MN.shape[1] % largest), value=-1)
+    wanted = -selected.shape[-1] % largest
+    return torch.nn.functional.pad(selected, (0, wanted), value=-1).contiguous()
 
 
 def forward(
-    q_MHF: Tensor, k_SF: Tensor, selected_MN: Tensor, value_dim: int, scale: float
+    q_BTHF: Tensor, k_BSF: Tensor, selected_BTN: Tensor, value_dim: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The mix ``[M, H, C]`` and the log-sum-exp in base 2 ``[M, H]``; tensors contiguous."""
-    queries, heads, width = q_MHF.shape
-    out_MHC = q_MHF.new_empty(queries, heads, value_dim)
-    lse_MH = q_MHF.new_empty(queries, heads, dtype=torch.float32)
-    cut, selected_MN = tile("forward", q_MHF.dtype, heads), padded(selected_MN)
-    _forward[(queries * triton.cdiv(heads, cut.heads),)](
-        q_MHF,
-        k_SF,
-        selected_MN,
-        out_MHC,
-        lse_MH,
-        selected_MN.shape[1],
+    """The mix ``[B, T, H, C]`` and the log-sum-exp in base 2 ``[B, T, H]``.
+
+    Queries are contiguous, of the keys each batch row is.
+    """
+    batch, length, heads, width = q_BTHF.shape
+    out_BTHC = q_BTHF.new_empty(batch, length, heads, value_dim)
+    lse_BTH = q_BTHF.new_empty(batch, length, heads, dtype=torch.float32)
+    cut, selected_BTN = tile("forward", q_BTHF.dtype, heads), padded(selected_BTN)
+    room, (k_BS1F,) = key_rows(k_BSF[:, :, None])
+    _forward[(batch * length * triton.cdiv(heads, cut.heads),)](
+        q_BTHF,
+        k_BS1F,
+        selected_BTN,
+        out_BTHC,
+        lse_BTH,
+        length,
+        room,
+        selected_BTN.shape[2],
         scale * LOG2_E,
         heads,
         value_dim,
         width - value_dim,
         **cut.options,
     )
-    return out_MHC, lse_MH
+    return out_BTHC, lse_BTH
 
 
 def backward(
@@ -296,9 +349,9 @@ def backward(
             q,
             k_SF,
             selected,
+            out_MHC[a : a + step],
             dout,
             lse_MH[a : a + step],
-            torch.einsum("mhc,mhc->mh", dout.float(), out_MHC[a : a + step].float()),
             slopes,
             n_selected,
             scale,
