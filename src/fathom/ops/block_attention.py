@@ -111,8 +111,8 @@ def block_attention(
         starts_BTMN = starts_BTIN.repeat_interleave(pairs // selections, dim=2)
         return _block_attention(
             q_BTHQ.contiguous(),
-            k_BSGQ.contiguous(),
-            v_BSGV.contiguous(),
+            k_BSGQ,
+            v_BSGV,
             starts_BTMN.contiguous(),
             places_BT.to(torch.int32).contiguous(),
             block_size,

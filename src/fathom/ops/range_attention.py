@@ -105,8 +105,8 @@ def range_attention_with_sums(
     if chosen == "triton":
         return _range_attention(
             q_BTHQ.contiguous(),
-            k_BSGQ.contiguous(),
-            v_BSGV.contiguous(),
+            k_BSGQ,
+            v_BSGV,
             lows_BT.to(torch.int32).contiguous(),
             highs_BT.to(torch.int32).contiguous(),
             scale,

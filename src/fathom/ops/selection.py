@@ -82,8 +82,9 @@ def select_by_mean(
     """
     if choose(SELECT_BY_MEAN, impl, q_BTHQ, means_BEGQ) == "triton":
         counts = (lows_BT, highs_BT, positions_BT, places_BT)
-        tensors = [q_BTHQ, means_BEGQ, *(t.to(torch.int32) for t in counts)]
-        return _select_by_mean([t.contiguous() for t in tensors], block_size, topk_blocks)
+        counted = [t.to(torch.int32).contiguous() for t in counts]
+        tensors = [q_BTHQ.contiguous(), means_BEGQ, *counted]
+        return _select_by_mean(tensors, block_size, topk_blocks)
     share = q_BTHQ.shape[2] // means_BEGQ.shape[2]
     means_BEHQ = means_BEGQ.repeat_interleave(share, dim=2).to(wide(means_BEGQ.dtype))
     n_entries = means_BEGQ.shape[1]
@@ -168,9 +169,10 @@ def select_by_importance(
     if choose(SELECT_BY_IMPORTANCE, impl, q_BTHQ, k_BEGQ) == "triton":
         counts = (lows_BT, highs_BT, positions_BT, places_BT)
         sums = [] if lse_BTH is None else [lse_BTH]
-        tensors = [q_BTHQ, k_BEGQ, *(t.to(torch.int32) for t in counts), *sums]
+        counted = [t.to(torch.int32).contiguous() for t in counts]
+        tensors = [q_BTHQ.contiguous(), k_BEGQ, *counted, *sums]
         blocks = [cmp_block_size, cmp_stride, block_size, topk_blocks, n_initial, n_local]
-        return _select_by_importance([t.contiguous() for t in tensors], scale, blocks)
+        return _select_by_importance(tensors, scale, blocks)
     k_BEGQ = k_BEGQ.to(wide(k_BEGQ.dtype))
     n_entries, groups = k_BEGQ.shape[1:3]
     n_blocks = -(-(n_entries * cmp_stride + cmp_block_size) // block_size)

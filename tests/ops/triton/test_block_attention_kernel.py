@@ -24,7 +24,7 @@ KINDS = {
     "*bf16": "q k v out dout dq dk dv part_out part_dq",
     "*fp32": "lse delta part_lse part_dk part_dv",
     "*i32": "starts entries table places count",
-    "i32:16": "T S",
+    "i32:16": "T S room",
     "fp32": "scale back_scale",
 }
 TYPES = {name: kind for kind, names in KINDS.items() for name in names.split()}
@@ -107,6 +107,17 @@ def test_nothing_is_written_outside_and_everything_inside(few, monkeypatch):
     assert not out[0, 2].any()  # the query without blocks
     assert not gradients[0][0, 2].any()
     assert lse[0, 2].eq(float("inf")).all()
+
+
+@pytest.mark.parametrize("length", [3, 12], ids=["by-query", "by-block"])
+def test_the_filled_part_of_a_cache_is_read_where_it_stands(length):
+    q, k, v, starts, places = tensors((2, length, 20, 4, 2, 4, 2, 5, 8, 8))
+    want = kernel(q, k[:, :17], v[:, :17], starts, places, 5, 0.4)
+    got = kernel(q, k[:, :17].contiguous(), v[:, :17].contiguous(), starts, places, 5, 0.4)
+    assert torch.equal(got, want)
+    exact = (t.double() for t in (q, k[:, :17], v[:, :17]))
+    right = block_attention_reference(*exact, starts, places, 5, 0.4)
+    torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
 
 
 def test_the_ops_pass_opcheck():

@@ -7,14 +7,15 @@ from torch.library import opcheck
 from fathom.ops import range_attention
 from fathom.ops.range_attention import _range_attention
 from fathom.ops.triton import range_attention as kernels
+from fathom.ops.triton.softmax import key_rows
 from ops.guards import Guards
 from ops.hopper import SHARED_LIMIT, Source, build
 
 KINDS = {
     "*bf16": "q k v out dout dq dk dv",
     "*fp32": "lse delta",
-    "*i32": "lows highs firsts lasts",
-    "i32:16": "T S",
+    "*i32": "lows highs ranges",
+    "i32:16": "T S room",
     "fp32": "scale back_scale",
 }
 TYPES = {name: kind for kind, names in KINDS.items() for name in names.split()}
@@ -42,6 +43,8 @@ CASES = {
     "window": (2, [13, 1, 6], 4, 2, 8, 24, 5),
     "compressed": (1, [3, 17, 9], 9, 3, 24, 8, None, 4),
     "one-head": (1, [7], 1, 1, 8, 8, 3),
+    "tiles-that-all-see": (1, [150, 20], 2, 1, 8, 8, 120),
+    "entries-that-all-see": (1, [150], 8, 2, 8, 8, None, 2),
 }
 
 
@@ -75,6 +78,25 @@ def test_nothing_is_written_outside_and_everything_inside(monkeypatch):
     assert all(t.isfinite().all() for t in (out, *gradients))
     assert not out[0, :3].any()  # before the first entry is complete
     assert lse[0, :3].eq(float("inf")).all()
+
+
+def test_the_filled_part_of_a_cache_is_read_where_it_stands():
+    q, _, _, lows, highs = tensors(2, [6], 2, 1, 8, 8, 3)
+    k, v = (torch.randn(2, 9, 1, 8) for _ in "kv")
+    filled = k[:, :6], v[:, :6]
+    room, kept = key_rows(*filled)
+    assert room == 9
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (k, v)]
+    got = kernels.forward(q, *filled, lows, highs, 0.4)
+    want = kernels.forward(q, *(t.contiguous() for t in filled), lows, highs, 0.4)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_keys_that_do_not_stand_row_by_row_are_copied():
+    k, v = torch.randn(2, 1, 9, 8).transpose(1, 2), torch.randn(2, 9, 1, 8)
+    room, kept = key_rows(k[:, :, :, ::2], v)
+    assert room == 9
+    assert all(t.is_contiguous() for t in kept)
 
 
 def test_the_op_passes_opcheck():

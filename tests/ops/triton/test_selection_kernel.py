@@ -12,7 +12,7 @@ KINDS = {
     "*bf16": "q k means",
     "*fp32": "lse",
     "*i32": "lows highs positions places starts",
-    "i32:16": "T E",
+    "i32:16": "T E room",
     "fp32": "scale",
 }
 TYPES = {name: kind for kind, names in KINDS.items() for name in names.split()}
@@ -78,6 +78,16 @@ def test_means_select_the_references_blocks(heads, groups, blocks, ties):
     sizes = {"block_size": 4, "topk_blocks": blocks}
     want = select_by_mean(q, means, *counts, **sizes, impl="reference")
     assert torch.equal(kernels.select_by_mean(q, means, *counts, 4, blocks), want)
+
+
+def test_entries_of_a_cache_that_has_room_for_more_are_read_where_they_stand():
+    counts, n_entries = counted([26], lambda n: n // 4, lambda p: p // 4)
+    counts = [t.repeat(2, 1) for t in counts]
+    q, means = torch.randn(2, 26, 2, 8), torch.randn(2, n_entries + 3, 2, 8)
+    sizes = {"block_size": 4, "topk_blocks": 3}
+    filled = means[:, :n_entries]
+    want = select_by_mean(q, filled, *counts, **sizes, impl="reference")
+    assert torch.equal(kernels.select_by_mean(q, filled, *counts, 4, 3), want)
 
 
 def test_the_kernels_fit_a_hopper_without_spilling():

@@ -30,12 +30,15 @@ from fathom.ops.triton.softmax import (
     LOG2_E,
     Tile,
     finish_softmax,
+    key_rows,
     load_rows,
     online_softmax,
+    padded,
     store_rows,
 )
 
-FEW_HEADS = 8  # below this many heads per selection, rows are gathered by block
+FEW_HEADS = 8  # below this many heads per selection, rows are gathered by block ...
+FEW_QUERIES = 8  # ... unless there are no more queries than this, of which no block has many
 CHUNK_ROWS = 65_536  # rows of a chunk of a list, for the gradients of keys and values
 MERGED = 16  # rows that a program merges
 
@@ -76,7 +79,7 @@ class Shape:
 
     @property
     def by_block(self) -> bool:
-        return self.rows < FEW_HEADS
+        return self.rows < FEW_HEADS and self.length > FEW_QUERIES
 
     def constants(self, names: str = "H G M R N BLOCK Q QP V VP") -> dict[str, int]:
         """What a kernel is specialised for, by the names of its arguments."""
@@ -88,9 +91,9 @@ class Shape:
             "N": self.blocks,
             "BLOCK": self.block_size,
             "Q": self.width,
-            "QP": max(triton.next_power_of_2(self.width), 16),
+            "QP": padded(self.width),
             "V": self.values,
-            "VP": max(triton.next_power_of_2(self.values), 16),
+            "VP": padded(self.values),
         }
         return {name: every[name] for name in names.split()}
 
@@ -110,7 +113,7 @@ def _key_tile(tile, starts_row, N: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.c
 
 @triton.jit
 def _forward_by_query(
-    q, k, v, starts, places, out, lse, T, S, scale,
+    q, k, v, starts, places, out, lse, T, S, room, scale,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     Q: tl.constexpr, QP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
@@ -122,7 +125,7 @@ def _forward_by_query(
     q_RQ = load_rows(q, row, Q, QP)
     last = tl.minimum(tl.load(places + bt), S - 1)
     starts_row = starts + (bt.to(tl.int64) * M + pair) * N
-    head = tl.program_id(2).to(tl.int64) * S * G + pair // (M // G)
+    head = tl.program_id(2).to(tl.int64) * room * G + pair // (M // G)
     top = tl.full([RP], float("-inf"), tl.float32)
     total = tl.zeros([RP], tl.float32)
     acc = tl.zeros([RP, VP], tl.float32)
@@ -428,28 +431,29 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out_BTHV`` and ``lse_BTH`` (float32, base 2; ``+inf`` where a query sees nothing).
 
-    All tensors are contiguous, ``starts_BTMN`` has one selection for each pair, places are int32.
+    All tensors are contiguous (of keys and values each batch row), ``starts_BTMN`` has one
+    selection for each pair, places are int32.
     """
     shape = sizes(q, k, v, starts, block_size)
     out = q.new_empty(*q.shape[:3], shape.values)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     constants, scale_2 = shape.constants(), scale * LOG2_E
-    padded = triton.next_power_of_2(shape.rows)
     if not shape.by_block:
-        cut = tile("forward_by_query", shape, q.dtype)
+        cut, (room, (k, v)) = tile("forward_by_query", shape, q.dtype), key_rows(k, v)
         _forward_by_query[(shape.length, shape.pairs, shape.batch)](
-            q, k, v, starts, places, out, lse, shape.length, shape.n_keys, scale_2,
-            **constants, RP=max(padded, 16), **cut.options(rows=False),
+            q, k, v, starts, places, out, lse, shape.length, shape.n_keys, room, scale_2,
+            **constants, RP=padded(shape.rows), **cut.options(rows=False),
         )  # fmt: skip
         return out, lse
+    k, v, heads = k.contiguous(), v.contiguous(), triton.next_power_of_2(shape.rows)
     cut = tile("forward_by_block", shape, q.dtype)
     made = lists(starts, shape.groups, shape.n_keys)
-    pieces = chunks(made, cut.rows // padded, 0)
+    pieces = chunks(made, cut.rows // heads, 0)
     part_out = q.new_empty(starts.numel() * shape.rows, shape.values)
     part_lse = lse.new_empty(len(part_out))
     _forward_by_block[(programs(q.device, 2),)](
         q, k, v, places, made.entries, pieces.table, pieces.number, part_out, part_lse,
-        shape.n_keys, scale_2, **constants, RP=padded, **cut.options(),
+        shape.n_keys, scale_2, **constants, RP=heads, **cut.options(),
     )  # fmt: skip
     n_rows = lse.numel()
     _merge[(triton.cdiv(n_rows, MERGED),)](
@@ -464,15 +468,15 @@ def backward(
     dout: Tensor, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, from what ``forward`` took and gave."""
-    shape = sizes(q, k, v, starts, block_size)
+    k, v, shape = k.contiguous(), v.contiguous(), sizes(q, k, v, starts, block_size)
     made = lists(starts, shape.groups, shape.n_keys)
     inputs = (q, k, v, starts, places, out, dout, lse)
     dq, delta = (_gradient_by_block if shape.by_block else _gradient_by_query)(
         *inputs, shape, made, scale
     )
     constants, scale_2 = shape.constants(), scale * LOG2_E
-    cut, padded = tile("dkv_by_block", shape, q.dtype), triton.next_power_of_2(shape.rows)
-    length = CHUNK_ROWS // padded
+    cut, heads = tile("dkv_by_block", shape, q.dtype), triton.next_power_of_2(shape.rows)
+    length = CHUNK_ROWS // heads
     pieces = chunks(made, length, shape.length * shape.pairs // shape.groups)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)  # of keys that nobody selected
     part_dk = k.new_empty(pieces.n_parts, block_size, shape.width, dtype=torch.float32)
@@ -480,7 +484,7 @@ def backward(
     _dkv_by_block[(programs(q.device, 2),)](
         q, k, v, places, dout, lse, delta, made.entries, pieces.table, pieces.number,
         dk, dv, part_dk, part_dv, shape.n_keys, scale_2, scale,
-        **constants, RP=padded, **cut.options(),
+        **constants, RP=heads, **cut.options(),
     )  # fmt: skip
     if pieces.n_parts:
         for parts, to in ((part_dk, dk), (part_dv, dv)):
@@ -499,10 +503,10 @@ def _gradient_by_query(
     """The queries' gradient and ``delta``."""
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     cut = tile("dq_by_query", shape, q.dtype)
-    padded = max(triton.next_power_of_2(shape.rows), 16)
     _dq_by_query[(shape.length, shape.pairs, shape.batch)](
         q, k, v, starts, places, out, dout, lse, delta, dq, shape.length, shape.n_keys,
-        scale * LOG2_E, scale, **shape.constants(), RP=padded, **cut.options(rows=False),
+        scale * LOG2_E, scale, **shape.constants(), RP=padded(shape.rows),
+        **cut.options(rows=False),
     )  # fmt: skip
     return dq, delta
 
@@ -513,14 +517,14 @@ def _gradient_by_block(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same through a part for each of a query's blocks."""
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
-    cut, padded = tile("dq_by_block", shape, q.dtype), triton.next_power_of_2(shape.rows)
-    pieces, n_rows = chunks(made, cut.rows // padded, 0), lse.numel()
+    cut, heads = tile("dq_by_block", shape, q.dtype), triton.next_power_of_2(shape.rows)
+    pieces, n_rows = chunks(made, cut.rows // heads, 0), lse.numel()
     grid = (triton.cdiv(n_rows, MERGED),)
     _delta[grid](out, dout, delta, n_rows, **shape.constants("V VP"), ROWS=MERGED)
     part_dq = q.new_empty(starts.numel() * shape.rows, shape.width)
     _dq_by_block[(programs(q.device, 2),)](
         q, k, v, places, dout, lse, delta, made.entries, pieces.table, pieces.number, part_dq,
-        shape.n_keys, scale * LOG2_E, scale, **shape.constants(), RP=padded, **cut.options(),
+        shape.n_keys, scale * LOG2_E, scale, **shape.constants(), RP=heads, **cut.options(),
     )  # fmt: skip
     _sum_blocks[grid](
         part_dq, starts, dq, n_rows, shape.n_keys,

@@ -24,8 +24,11 @@ from fathom.ops.triton.softmax import (
     LOG2_E,
     Tile,
     finish_softmax,
+    group_sizes,
+    key_rows,
     load_rows,
     online_softmax,
+    padded,
     store_rows,
 )
 
@@ -55,18 +58,37 @@ def _queries(tile, end, b, g, T, H: tl.constexpr, R: tl.constexpr, RP: tl.conste
 
 
 @triton.jit
-def _bounds(lows, highs, bt, there, S):
-    """A row's bounds, and the range of keys that a tile reads."""
+def _bounds(lows, highs, bt, there, S, KEYS: tl.constexpr):
+    """A row's bounds, the range of keys that a tile reads, and how it is cut into tiles of keys:
+    their number, and the first and the end of those that every row sees whole."""
     low, high = tl.load(lows + bt), tl.load(highs + bt)
     seen = there & (low < high)
     first = tl.min(tl.where(seen, low, S))
     last = tl.max(tl.where(seen, high, 0))
-    return low, high, first, last
+    all_first, all_last = tl.max(tl.where(there, low, 0)), tl.min(tl.where(there, high, S))
+    tiles, whole, end = _whole(first, last, all_first, all_last, KEYS)
+    return low, high, first, last, tiles, whole, end
+
+
+@triton.jit
+def _whole(first, last, all_first, all_last, SIZE: tl.constexpr):
+    """Tiles of ``[first, last)``: their number, and the first and the end of those that lie in
+    ``[all_first, all_last)``."""
+    tiles = tl.cdiv(tl.maximum(last - first, 0), SIZE)
+    whole = tl.minimum(tl.cdiv(tl.maximum(all_first - first, 0), SIZE), tiles)
+    end = tl.minimum(tl.maximum((all_last - first) // SIZE, whole), tiles)
+    return tiles, whole, end
+
+
+@triton.jit
+def _edge(x, whole, end):
+    """The x-th of the tiles that are not whole."""
+    return tl.where(x < whole, x, x + end - whole)
 
 
 @triton.jit
 def _forward(
-    q, k, v, lows, highs, out, lse, T, S, scale,
+    q, k, v, lows, highs, out, lse, T, S, room, scale,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, QP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     KEYS: tl.constexpr, ROWS: tl.constexpr,
@@ -75,18 +97,24 @@ def _forward(
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // RP)
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
     bt, row, there = _queries(tile, T, b, g, T, H, R, RP, ROWS)
-    low, high, first, last = _bounds(lows, highs, bt, there, S)
+    low, high, first, last, tiles, whole, end = _bounds(lows, highs, bt, there, S, KEYS)
     q_XQ = load_rows(q, row, Q, QP)
-    head = b.to(tl.int64) * S * G + g
+    head = b.to(tl.int64) * room * G + g
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VP], tl.float32)
-    for start in range(first, last, KEYS):
-        keys = start + tl.arange(0, KEYS)
-        at = head + tl.minimum(keys, last - 1) * G
-        k_KQ = load_rows(k, at, Q, QP)
+    for x in range(whole, end):
+        at = head + (first + x * KEYS + tl.arange(0, KEYS)) * G
         v_KV = load_rows(v, at, V, VP)
-        scores = tl.dot(q_XQ, tl.trans(k_KQ), input_precision="ieee") * scale
+        scores = tl.dot(q_XQ, tl.trans(load_rows(k, at, Q, QP)), input_precision="ieee") * scale
+        weights, top, total, shrink = online_softmax(scores, top, total)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(v_KV.dtype), v_KV, acc, input_precision="ieee")
+    for x in range(tiles - (end - whole)):
+        keys = first + _edge(x, whole, end) * KEYS + tl.arange(0, KEYS)
+        at = head + tl.minimum(keys, last - 1) * G
+        v_KV = load_rows(v, at, V, VP)
+        scores = tl.dot(q_XQ, tl.trans(load_rows(k, at, Q, QP)), input_precision="ieee") * scale
         seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         weights, top, total, shrink = online_softmax(scores, top, total)
@@ -108,7 +136,7 @@ def _dq(
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // RP)
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
     bt, row, there = _queries(tile, T, b, g, T, H, R, RP, ROWS)
-    low, high, first, last = _bounds(lows, highs, bt, there, S)
+    low, high, first, last, tiles, whole, end = _bounds(lows, highs, bt, there, S, KEYS)
     dout_XV = load_rows(dout, row, V, VP)
     delta_X = tl.sum(load_rows(out, row, V, VP).to(tl.float32) * dout_XV, 1)
     tl.store(delta + row, delta_X, mask=there)
@@ -116,8 +144,17 @@ def _dq(
     lse_X = tl.load(lse + row)
     head = b.to(tl.int64) * S * G + g
     acc = tl.zeros([ROWS, QP], tl.float32)
-    for start in range(first, last, KEYS):
-        keys = start + tl.arange(0, KEYS)
+    for x in range(whole, end):
+        at = head + (first + x * KEYS + tl.arange(0, KEYS)) * G
+        k_KQ = load_rows(k, at, Q, QP)
+        scores = tl.dot(q_XQ, tl.trans(k_KQ), input_precision="ieee") * scale
+        weights = tl.exp2(scores - lse_X[:, None])
+        v_KV = load_rows(v, at, V, VP)
+        dweights = tl.dot(dout_XV, tl.trans(v_KV), input_precision="ieee")
+        dscores = weights * (dweights - delta_X[:, None])
+        acc = tl.dot(dscores.to(k_KQ.dtype), k_KQ, acc, input_precision="ieee")
+    for x in range(tiles - (end - whole)):
+        keys = first + _edge(x, whole, end) * KEYS + tl.arange(0, KEYS)
         at = head + tl.minimum(keys, last - 1) * G
         k_KQ = load_rows(k, at, Q, QP)
         v_KV = load_rows(v, at, V, VP)
@@ -132,12 +169,16 @@ def _dq(
 
 @triton.jit
 def _dkv(
-    q, k, v, lows, highs, firsts, lasts, dout, lse, delta, dk, dv, T, S, scale, back_scale,
+    q, k, v, lows, highs, ranges, dout, lse, delta, dk, dv, T, S, scale, back_scale,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, QP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A share of the queries that see one tile of keys; ``dk`` and ``dv`` have a row per share."""
+    """A share of the queries that see one tile of keys; ``dk`` and ``dv`` have a row per share.
+
+    ``ranges``: of each tile the first query that sees some of its keys and the end of these
+    queries, then of those that see all of them.
+    """
     tile, share = tl.program_id(0), tl.program_id(1)
     b, g = tl.program_id(2) // G, tl.program_id(2) % G
     keys = tile * KEYS + tl.arange(0, KEYS)
@@ -145,15 +186,30 @@ def _dkv(
     at = b.to(tl.int64) * S * G + g + tl.minimum(keys, S - 1) * G
     k_KQ = load_rows(k, at, Q, QP)
     v_KV = load_rows(v, at, V, VP)
-    first = tl.load(firsts + b * tl.num_programs(0) + tile)
-    last = tl.load(lasts + b * tl.num_programs(0) + tile)
+    ranges += (b * tl.num_programs(0) + tile) * 4
+    first, last = tl.load(ranges), tl.load(ranges + 1)
     step: tl.constexpr = ROWS // RP
     length = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), step), tl.num_programs(1)) * step
     first += share * length
     last = tl.minimum(first + length, last)
+    all_last = tl.minimum(tl.load(ranges + 3), last)
+    tiles, whole, end = _whole(first, last, tl.load(ranges + 2), all_last, step)
     dk_KQ = tl.zeros([KEYS, QP], tl.float32)
     dv_KV = tl.zeros([KEYS, VP], tl.float32)
-    for query in tl.range(first, last, step, disable_licm=True):
+    for x in tl.range(whole, end, disable_licm=True):
+        _, row, there = _queries(first + x * step, last, b, g, T, H, R, RP, ROWS)
+        q_XQ = load_rows(q, row, Q, QP)
+        dout_XV = load_rows(dout, row, V, VP)
+        lse_X = tl.load(lse + row, mask=there, other=float("inf"))
+        delta_X = tl.load(delta + row)
+        scores = tl.dot(k_KQ, tl.trans(q_XQ), input_precision="ieee") * scale
+        weights = tl.exp2(scores - lse_X[None, :])
+        dv_KV = tl.dot(weights.to(dout_XV.dtype), dout_XV, dv_KV, input_precision="ieee")
+        dweights = tl.dot(v_KV, tl.trans(dout_XV), input_precision="ieee")
+        dscores = weights * (dweights - delta_X[None, :])
+        dk_KQ = tl.dot(dscores.to(q_XQ.dtype), q_XQ, dk_KQ, input_precision="ieee")
+    for x in tl.range(tiles - (end - whole), disable_licm=True):
+        query = first + _edge(x, whole, end) * step
         bt, row, there = _queries(query, last, b, g, T, H, R, RP, ROWS)
         q_XQ = load_rows(q, row, Q, QP)
         dout_XV = load_rows(dout, row, V, VP)
@@ -181,17 +237,21 @@ def tile(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tile:
 
 def constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """What every kernel is specialised for, by the names of its arguments."""
-    rows = q.shape[2] // k.shape[2]
-    return {
-        "H": q.shape[2],
-        "G": k.shape[2],
-        "R": rows,
-        "RP": triton.next_power_of_2(rows),
-        "Q": q.shape[3],
-        "QP": max(triton.next_power_of_2(q.shape[3]), 16),
-        "V": v.shape[3],
-        "VP": max(triton.next_power_of_2(v.shape[3]), 16),
-    }
+    return group_sizes(q, k) | {"V": v.shape[3], "VP": padded(v.shape[3])}
+
+
+def queries_of_tiles(lows: Tensor, highs: Tensor, n_keys: int, size: int) -> Tensor:
+    """``ranges [B, tiles, 4]`` of ``_dkv``: four binary searches, since no bound falls."""
+    begins = torch.arange(0, n_keys, size, device=lows.device, dtype=torch.int32)
+    begins = begins.expand(len(lows), -1).contiguous()
+    ends = (begins + size).clamp(max=n_keys)
+    ranges = [
+        torch.searchsorted(highs, begins, right=True, out_int32=True),
+        torch.searchsorted(lows, ends, out_int32=True),
+        torch.searchsorted(highs, ends, out_int32=True),
+        torch.searchsorted(lows, begins, right=True, out_int32=True),
+    ]
+    return torch.stack(ranges, dim=-1)
 
 
 def forward(
@@ -199,14 +259,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out_BTHV`` and ``lse_BTH`` (float32, base 2; ``+inf`` where a query sees nothing).
 
-    All tensors are contiguous, the bounds int32.
+    All tensors are contiguous (of keys and values each batch row), the bounds int32.
     """
+    room, (k, v) = key_rows(k, v)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     cut, fixed = tile("forward", q, k, v), constants(q, k, v)
     grid = (triton.cdiv(q.shape[1], cut.rows // fixed["RP"]), k.shape[0] * k.shape[2])
     _forward[grid](
-        q, k, v, lows, highs, out, lse, q.shape[1], k.shape[1], scale * LOG2_E,
+        q, k, v, lows, highs, out, lse, q.shape[1], k.shape[1], room, scale * LOG2_E,
         **fixed, **cut.options(),
     )  # fmt: skip
     return out, lse
@@ -217,6 +278,7 @@ def backward(
     dout: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, from what ``forward`` took and gave."""
+    k, v = k.contiguous(), v.contiguous()
     length, (batch, n_keys, groups, _) = q.shape[1], k.shape
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     cut, fixed = tile("dq", q, k, v), constants(q, k, v)
@@ -225,17 +287,14 @@ def backward(
         **fixed, **cut.options(),
     )  # fmt: skip
     cut = tile("dkv", q, k, v)
-    begins = torch.arange(0, n_keys, cut.keys, device=k.device, dtype=torch.int32)
-    begins = begins.expand(batch, -1).contiguous()
-    firsts = torch.searchsorted(highs, begins, right=True, out_int32=True)
-    lasts = torch.searchsorted(lows, begins + cut.keys, out_int32=True)
-    programs = begins.numel() * groups
+    ranges = queries_of_tiles(lows, highs, n_keys, cut.keys)
+    programs = ranges.shape[1] * batch * groups
     shares = min(triton.cdiv(ENOUGH_PROGRAMS, programs), MAX_SPLITS)
     dtype = k.dtype if shares == 1 else torch.float32
     dk = k.new_empty(shares, *k.shape, dtype=dtype)
     dv = v.new_empty(shares, *v.shape, dtype=dtype)
-    _dkv[(begins.shape[1], shares, batch * groups)](
-        q, k, v, lows, highs, firsts, lasts, dout, lse, delta, dk, dv, length, n_keys,
+    _dkv[(ranges.shape[1], shares, batch * groups)](
+        q, k, v, lows, highs, ranges, dout, lse, delta, dk, dv, length, n_keys,
         scale * LOG2_E, scale, **fixed, **cut.options(),
     )  # fmt: skip
     if shares == 1:

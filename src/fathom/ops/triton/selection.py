@@ -17,9 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fathom.ops.triton.softmax import LOG2_E, load_rows, online_softmax
+from fathom.ops.triton.softmax import (
+    LOG2_E,
+    Tile,
+    group_sizes,
+    key_rows,
+    load_rows,
+    online_softmax,
+)
 
-ENTRIES = 64  # entries of a tile
+BY_MEAN = Tile(64, 64, 4, 2)  # its keys are the entries
+BY_IMPORTANCE = Tile(64, 128, 8, 2)
+LARGE = Tile(64, 64, 8, 2)  # float32
 KEPT = 512  # blocks whose importance is kept before the best of them are merged
 
 
@@ -46,7 +55,7 @@ def _best(best, keys, rows: tl.constexpr, NP: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def _by_mean(
-    q, means, lows, highs, positions, places, starts, T, E,
+    q, means, lows, highs, positions, places, starts, T, E, room,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, QP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr, ROWS: tl.constexpr,
@@ -60,7 +69,7 @@ def _by_mean(
     row = bt * H + g * R + tl.minimum(r, R - 1)
     q_XQ = load_rows(q, row, Q, QP)
     low, high = tl.load(lows + bt), tl.load(highs + bt)
-    head = b.to(tl.int64) * E * G + g
+    head = b.to(tl.int64) * room * G + g
     some = there & (low < high)
     first, last = tl.min(tl.where(some, low, E)), tl.max(tl.where(some, high, 0))
     best = tl.full([ROWS, NP], 0, tl.int64) + _nothing()
@@ -100,7 +109,7 @@ def _log_sum(q_XQ, k, head, low, high, first, last, scale, G: tl.constexpr, Q: t
 
 @triton.jit
 def _by_importance(
-    q, k, lows, highs, positions, places, lse, starts, T, E, scale, KNOWN: tl.constexpr,
+    q, k, lows, highs, positions, places, lse, starts, T, E, room, scale, KNOWN: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, QP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr,
     BEFORE: tl.constexpr, LENGTH: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
@@ -125,7 +134,7 @@ def _by_importance(
     q_XQ = load_rows(q, row, Q, QP)
     low, high = tl.load(lows + bt), tl.load(highs + bt)
     high = tl.where(there, high, low)
-    head = b.to(tl.int64) * E * G + g
+    head = b.to(tl.int64) * room * G + g
     if KNOWN:
         log_sum = tl.load(lse + row)
     else:
@@ -178,33 +187,20 @@ def _by_importance(
     tl.store(to[:, None] + n, chosen, mask=mask)
 
 
-def constants(q: Tensor, k: Tensor) -> dict[str, int]:
-    """What both kernels are specialised for, by the names of their arguments."""
-    rows = q.shape[2] // k.shape[2]
-    return {
-        "H": q.shape[2],
-        "G": k.shape[2],
-        "R": rows,
-        "RP": triton.next_power_of_2(rows),
-        "Q": q.shape[3],
-        "QP": max(triton.next_power_of_2(q.shape[3]), 16),
-    }
-
-
 def select_by_mean(
     q: Tensor, means: Tensor, lows: Tensor, highs: Tensor, positions: Tensor, places: Tensor,
     block_size: int, topk_blocks: int,
 ) -> Tensor:  # fmt: skip
-    """``starts_BTHN``. All tensors are contiguous, what counts tokens or entries is int32."""
-    fixed = constants(q, means)
+    """``starts_BTHN``. Tensors are contiguous (of the means each batch row), counts are int32."""
+    fixed, (room, (means,)) = group_sizes(q, means), key_rows(means)
     starts = q.new_empty(*q.shape[:3], topk_blocks, dtype=torch.int32)
     kept = triton.next_power_of_2(max(topk_blocks - 1, 1))
-    rows = max(64, fixed["RP"])
+    rows = max(BY_MEAN.rows, fixed["RP"])
     grid = (triton.cdiv(q.shape[1], rows // fixed["RP"]), q.shape[0] * means.shape[2])
     _by_mean[grid](
-        q, means, lows, highs, positions, places, starts, q.shape[1], means.shape[1],
-        **fixed, N=topk_blocks, NP=kept, BLOCK=block_size, ENTRIES=max(ENTRIES, kept), ROWS=rows,
-        num_warps=4, num_stages=2,
+        q, means, lows, highs, positions, places, starts, q.shape[1], means.shape[1], room,
+        **fixed, N=topk_blocks, NP=kept, BLOCK=block_size, ENTRIES=max(BY_MEAN.keys, kept),
+        ROWS=rows, num_warps=BY_MEAN.warps, num_stages=BY_MEAN.stages,
     )  # fmt: skip
     return starts
 
@@ -214,23 +210,24 @@ def select_by_importance(
     lse: Tensor | None, scale: float, cmp_block_size: int, cmp_stride: int, block_size: int,
     topk_blocks: int, n_initial: int, n_local: int,
 ) -> Tensor:  # fmt: skip
-    """``starts_BTGN``. All tensors are contiguous, what counts tokens or entries is int32."""
-    fixed = constants(q, k)
+    """``starts_BTGN``. Tensors are contiguous (of the keys each batch row), counts are int32."""
+    fixed, (room, (k,)) = group_sizes(q, k), key_rows(k)
     starts = q.new_empty(*q.shape[:2], k.shape[2], topk_blocks, dtype=torch.int32)
     before, length = cmp_block_size // cmp_stride, block_size // cmp_stride
     kept = triton.next_power_of_2(topk_blocks)
-    entries = max(ENTRIES, triton.next_power_of_2(length + before - 1))
+    cut = BY_IMPORTANCE if q.itemsize == 2 else LARGE
+    entries = max(cut.keys, triton.next_power_of_2(length + before - 1))
     blocks = (entries - before + 1) // length
-    padded = max(triton.next_power_of_2(blocks), kept)
+    width = max(triton.next_power_of_2(blocks), kept)
     all_tiles = triton.cdiv(triton.cdiv(k.shape[1], length) + 1, blocks)
-    tiles = min(triton.next_power_of_2(all_tiles), max(KEPT // padded, 1))
-    rows = max(128 if q.itemsize == 2 else 64, fixed["RP"])
+    tiles = min(triton.next_power_of_2(all_tiles), max(KEPT // width, 1))
+    rows = max(cut.rows, fixed["RP"])
     grid = (triton.cdiv(q.shape[1], rows // fixed["RP"]), q.shape[0] * k.shape[2])
     _by_importance[grid](
         q, k, lows, highs, positions, places, starts if lse is None else lse, starts,
-        q.shape[1], k.shape[1], scale * LOG2_E, lse is not None,
+        q.shape[1], k.shape[1], room, scale * LOG2_E, lse is not None,
         **fixed, N=topk_blocks, NP=kept, BLOCK=block_size, BEFORE=before, LENGTH=length,
-        INITIAL=n_initial, LOCAL=n_local, ENTRIES=entries, J=blocks, JP=padded, TILES=tiles,
-        ROWS=rows, num_warps=8, num_stages=2,
+        INITIAL=n_initial, LOCAL=n_local, ENTRIES=entries, J=blocks, JP=width, TILES=tiles,
+        ROWS=rows, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return starts
