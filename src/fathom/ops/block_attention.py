@@ -29,12 +29,10 @@ from fathom.ops.registry import (
     choose,
     kernel_refusal,
     op,
+    shape_refusal,
     takes_all,
     wide,
-    width_refusal,
 )
-
-MAX_ROWS = 128  # heads that share a key head and a selection, in the kernel
 
 
 def masked_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
@@ -53,10 +51,7 @@ def block_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> s
     if not tensors:
         return ""
     q, k, v, starts = tensors
-    rows = q.shape[2] // math.lcm(k.shape[2], starts.shape[2])
-    if rows > MAX_ROWS:
-        return f"it needs at most {MAX_ROWS} query heads to share keys and selection, got {rows}"
-    return width_refusal(q, k, v)
+    return shape_refusal(q.shape[2] // math.lcm(k.shape[2], starts.shape[2]), q, k, v)
 
 
 BLOCK_ATTENTION = Implementations(

@@ -25,11 +25,9 @@ from fathom.ops.registry import (
     choose,
     kernel_refusal,
     op,
+    shape_refusal,
     takes_all,
-    width_refusal,
 )
-
-MAX_ROWS = 128  # heads that share a key head, in the kernel
 
 
 def range_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
@@ -39,9 +37,7 @@ def range_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> s
     if not tensors:
         return ""
     q, k, v = tensors
-    if (rows := q.shape[2] // k.shape[2]) > MAX_ROWS:
-        return f"it needs at most {MAX_ROWS} query heads for a key head, got {rows}"
-    return width_refusal(q, k, v)
+    return shape_refusal(q.shape[2] // k.shape[2], q, k, v)
 
 
 RANGE_ATTENTION = Implementations(

@@ -57,10 +57,13 @@ def kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
 
 
 MAX_WIDTH = 256  # of queries, keys and values, in the kernels of attention
+MAX_ROWS = 128  # query heads that read the same keys, in these kernels
 
 
-def width_refusal(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> str:
-    """What the kernels of attention need of queries, keys and values."""
+def shape_refusal(rows: int, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What the kernels of attention need of queries, ``rows`` heads of which read the same keys."""
+    if rows > MAX_ROWS:
+        return f"it needs at most {MAX_ROWS} query heads that read the same keys, got {rows}"
     if not q.dtype == k.dtype == v.dtype:
         return f"it needs one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
     widths = (q.shape[-1], v.shape[-1])

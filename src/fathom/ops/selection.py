@@ -25,12 +25,10 @@ from fathom.ops.registry import (
     choose,
     kernel_refusal,
     op,
+    shape_refusal,
     takes_all,
     wide,
-    width_refusal,
 )
-
-MAX_ROWS = 128  # heads that share a key head, in the kernels
 
 
 def selection_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
@@ -40,9 +38,7 @@ def selection_kernel_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) 
     if not tensors:
         return ""
     q, k = tensors
-    if (rows := q.shape[2] // k.shape[2]) > MAX_ROWS:
-        return f"it needs at most {MAX_ROWS} query heads for a key head, got {rows}"
-    return width_refusal(q, k, k)
+    return shape_refusal(q.shape[2] // k.shape[2], q, k, k)
 
 
 REFUSALS = {"triton": selection_kernel_refusal, "reference": takes_all}
