@@ -113,7 +113,7 @@ TYPES = {
 
 
 def source(name: str, tile: str, heads: int) -> Source:
-    options = kernels.tile(tile, torch.bfloat16, heads).options
+    options = kernels.tile(tile, torch.bfloat16, heads).options(*kernels.NAMES)
     sizes = {key: options.pop(key) for key in ("HEADS", "TOKENS")}
     sizes |= {"KNOWN": heads == 128, "H": heads, "C": 512, "R": 64, "J": heads, "W": 128}
     code = getattr(kernels, name).fn.__code__

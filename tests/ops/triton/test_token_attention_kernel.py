@@ -133,7 +133,7 @@ def source(name: str, n_heads: int) -> Source:
         sizes |= {"ENTRIES": kernels.ENTRIES}
         options = {"num_warps": 4}
     else:
-        options = kernels.tile(name, torch.bfloat16, n_heads).options
+        options = kernels.tile(name, torch.bfloat16, n_heads).options(*kernels.NAMES)
         sizes |= {key: options.pop(key) for key in ("HEADS", "TOKENS")}
     names = [p.name for p in function.params] if hasattr(function, "params") else []
     names = names or list(function.fn.__code__.co_varnames[: function.fn.__code__.co_argcount])

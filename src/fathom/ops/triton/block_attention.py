@@ -442,7 +442,7 @@ def forward(
         cut, (room, (k, v)) = tile("forward_by_query", shape, q.dtype), key_rows(k, v)
         _forward_by_query[(shape.length, shape.pairs, shape.batch)](
             q, k, v, starts, places, out, lse, shape.length, shape.n_keys, room, scale_2,
-            **constants, RP=padded(shape.rows), **cut.options(rows=False),
+            **constants, RP=padded(shape.rows), **cut.options(rows=None),
         )  # fmt: skip
         return out, lse
     k, v, heads = k.contiguous(), v.contiguous(), triton.next_power_of_2(shape.rows)
@@ -506,7 +506,7 @@ def _gradient_by_query(
     _dq_by_query[(shape.length, shape.pairs, shape.batch)](
         q, k, v, starts, places, out, dout, lse, delta, dq, shape.length, shape.n_keys,
         scale * LOG2_E, scale, **shape.constants(), RP=padded(shape.rows),
-        **cut.options(rows=False),
+        **cut.options(rows=None),
     )  # fmt: skip
     return dq, delta
 

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fathom.ops.triton.softmax import LOG2_E, Tile
 from fathom.ops.triton.token_attention import (
-    LOG2_E,
-    Tile,
+    NAMES,
     _heads,
     _rows,
     _scores,
@@ -31,7 +31,7 @@ from fathom.ops.triton.token_attention import (
 
 CHUNK_BYTES = 2**30  # of one chunk's shares of the keys' gradients
 TILES = {"mass": Tile(64, 64, 8, 1), "index": Tile(64, 64, 8, 3)}
-SMALL = Tile(16, 32, 4, 2)  # few heads, or float32
+SMALL = Tile(32, 16, 4, 2)  # few heads, or float32
 
 
 @triton.jit
@@ -191,11 +191,11 @@ def _index_gradients(
 
 def tile(kernel: str, dtype: torch.dtype, n_heads: int) -> Tile:
     """All index heads are rows of one program; of the main heads 64."""
-    small = dtype == torch.float32 or n_heads <= SMALL.heads
+    small = dtype == torch.float32 or n_heads <= SMALL.rows
     chosen = SMALL if small else TILES[kernel]
     if kernel == "mass":
         return chosen
-    return replace(chosen, heads=max(16, triton.next_power_of_2(n_heads)))
+    return replace(chosen, rows=max(16, triton.next_power_of_2(n_heads)))
 
 
 def index_loss(
@@ -224,7 +224,7 @@ def index_loss(
         q, weight, selected = q_MJW[c], weight_MJ[c], selected_MN[c]
         shape = n_selected, heads, width
         scores = torch.empty(selected.shape, dtype=torch.float32, device=q.device)
-        _index_scores[(len(q),)](q, k_SW, weight, selected, scores, *shape, **cut.options)
+        _index_scores[(len(q),)](q, k_SW, weight, selected, scores, *shape, **cut.options(*NAMES))
         lse = None if main_lse_MH is None else main_lse_MH[c]
         target = main_mass(main_q_MHF[c], main_k_SF, selected, lse, scale)
         log = scores.log_softmax(-1).masked_fill(selected < 0, 0)
@@ -234,7 +234,7 @@ def index_loss(
             shares = torch.empty(*selected.shape, width, dtype=q.dtype, device=q.device)
             into = grads[0][c], grads[2][c], shares
             _index_gradients[(len(q),)](
-                q, k_SW, weight, selected, slopes, *into, *shape, **cut.options
+                q, k_SW, weight, selected, slopes, *into, *shape, **cut.options(*NAMES)
             )
             add_by_token(shares, selected, grads[1], width // 2)
     return torch.stack(losses).sum(), [grad / queries for grad in grads]
@@ -247,7 +247,7 @@ def main_mass(
     queries, heads, width = q_MHF.shape
     latent = 1 << (width.bit_length() - 1)
     cut = tile("mass", q_MHF.dtype, heads)
-    tiles = triton.cdiv(heads, cut.heads)
+    tiles = triton.cdiv(heads, cut.rows)
     mass = torch.empty(queries, tiles, selected_MN.shape[1], device=q_MHF.device)
     _mass[(queries * tiles,)](
         q_MHF,
@@ -261,6 +261,6 @@ def main_mass(
         heads,
         latent,
         width - latent,
-        **cut.options,
+        **cut.options(*NAMES),
     )
     return mass.sum(dim=1) / heads

@@ -24,8 +24,9 @@ class Tile:
     warps: int
     stages: int
 
-    def options(self, *, rows: bool = True) -> dict[str, int]:
-        sizes = {"KEYS": self.keys} | ({"ROWS": self.rows} if rows else {})
+    def options(self, keys: str = "KEYS", rows: str | None = "ROWS") -> dict[str, int]:
+        """What a kernel is launched with that calls its sizes so."""
+        sizes = {keys: self.keys} | ({rows: self.rows} if rows else {})
         return sizes | {"num_warps": self.warps, "num_stages": self.stages}
 
 

@@ -19,14 +19,12 @@ kernel arguments are constants.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Triton's annotations ask for a constexpr where it takes any number.)
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fathom.ops.triton.softmax import LOG2_E, key_rows, online_softmax
+from fathom.ops.triton.softmax import LOG2_E, Tile, key_rows, online_softmax
 
 ENTRIES = 16  # of a list, that a program reads at a time
 CHUNK_BYTES = 2**31  # of one chunk's shares of the keys' gradients
@@ -261,21 +259,7 @@ def _add_lists(shares, order, ends, dk, C: tl.constexpr, R: tl.constexpr, ENTRIE
     tl.store(rope_at, tl.load(rope_at) + rope)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel is cut: heads and tokens of a tile, warps, stages of its pipeline."""
-
-    heads: int
-    tokens: int
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        sizes = {"HEADS": self.heads, "TOKENS": self.tokens}
-        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
-
-
+NAMES = ("TOKENS", "HEADS")  # of a tile's keys and rows
 TILES = {  # by what fits in Hopper's registers and shared memory at C = 512, R = 64
     "forward": Tile(64, 64, 8, 1),
     "slopes": Tile(64, 64, 8, 1),
@@ -285,12 +269,12 @@ SMALL = Tile(16, 16, 4, 1)  # few heads, or float32
 
 
 def tile(kernel: str, dtype: torch.dtype, n_heads: int) -> Tile:
-    return SMALL if dtype == torch.float32 or n_heads <= SMALL.heads else TILES[kernel]
+    return SMALL if dtype == torch.float32 or n_heads <= SMALL.rows else TILES[kernel]
 
 
 def padded(selected: Tensor) -> Tensor:
     """With -1 to a whole number of tiles in the last dim."""
-    largest = max(t.tokens for t in (SMALL, *TILES.values()))
+    largest = max(t.keys for t in (SMALL, *TILES.values()))
     wanted = -selected.shape[-1] % largest
     return torch.nn.functional.pad(selected, (0, wanted), value=-1).contiguous()
 
@@ -307,7 +291,7 @@ def forward(
     lse_BTH = q_BTHF.new_empty(batch, length, heads, dtype=torch.float32)
     cut, selected_BTN = tile("forward", q_BTHF.dtype, heads), padded(selected_BTN)
     room, (k_BS1F,) = key_rows(k_BSF[:, :, None])
-    _forward[(batch * length * triton.cdiv(heads, cut.heads),)](
+    _forward[(batch * length * triton.cdiv(heads, cut.rows),)](
         q_BTHF,
         k_BS1F,
         selected_BTN,
@@ -320,7 +304,7 @@ def forward(
         heads,
         value_dim,
         width - value_dim,
-        **cut.options,
+        **cut.options(*NAMES),
     )
     return out_BTHC, lse_BTH
 
@@ -345,7 +329,7 @@ def backward(
     for a in range(0, queries, step):
         q, selected, dout = q_MHF[a : a + step], selected_MN[a : a + step], dout_MHC[a : a + step]
         slopes = q.new_empty(len(q), 2 * heads, n_selected)
-        _slopes[(len(q) * triton.cdiv(heads, first.heads),)](
+        _slopes[(len(q) * triton.cdiv(heads, first.rows),)](
             q,
             k_SF,
             selected,
@@ -357,11 +341,11 @@ def backward(
             scale,
             scale * LOG2_E,
             *sizes,
-            **first.options,
+            **first.options(*NAMES),
         )
-        grid = (len(q) * triton.cdiv(heads, second.heads),)
+        grid = (len(q) * triton.cdiv(heads, second.rows),)
         dq = dq_MHF[a : a + step]
-        _dq[grid](slopes, k_SF, selected, dq, n_selected, *sizes, **second.options)
+        _dq[grid](slopes, k_SF, selected, dq, n_selected, *sizes, **second.options(*NAMES))
         wide_dout = torch.nn.functional.pad(dout, (0, width - value_dim))
         shares = torch.bmm(slopes.mT, torch.cat([wide_dout, q], dim=1))
         add_by_token(shares, selected, dk_SF, value_dim)
