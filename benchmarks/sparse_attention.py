@@ -1,12 +1,14 @@
 """The attention of NSA and MoBA against dense cuDNN: forward, and forward + backward, in ms.
 
-    python benchmarks/sparse_attention.py [--out DIR] [--cases nsa-64k moba-512-64k]
+    python benchmarks/sparse_attention.py [--out DIR] [--cases nsa-64k moba-512-64k] [--fla]
 
 One sequence in bf16, 64 query heads of width 128 on random tensors, so that selections are random
 too: neighbouring queries share no more than the forced blocks. NSA: 4 key heads, compression (mean
 of 64 keys, stride 64), the choice of 16 blocks of 64, the selected branch and a window of 512; not
 in it: projections and gates. MoBA: a key head for each query head, means, choice and attention.
 Every branch has keys and values of its own. Dense: causal SDPA through cuDNN on the same shapes.
+``--fla``: NSA of flash-linear-attention (fla-core 0.6.0) beside it, which has no window here and
+one key and value for both its branches; the tuning of its kernels takes minutes.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fathom.ops import block_attention, range_attention, select_by_importance, select_by_mean
+from fathom.ops.range_attention import range_attention_with_sums
 
 HEADS, GROUPS, WIDTH, WINDOW, SELECTED = 64, 4, 128, 512, 16
 SCALE = WIDTH**-0.5
@@ -52,18 +55,19 @@ def nsa(length: int, block: int, blocks: int) -> tuple[dict[str, Callable[[], Te
     low = (place + 1 - WINDOW).clamp(min=0)
     sizes = {"cmp_block_size": block, "cmp_stride": block, "block_size": block}
 
-    def select() -> Tensor:
+    def select(lse: Tensor | None) -> Tensor:
         entries = means(k_cmp, block)
         bounds = (zero, complete, place, place)
         return select_by_importance(
-            q, entries, *bounds, scale=SCALE, topk_blocks=blocks, **sizes, **OURS
+            q, entries, *bounds, scale=SCALE, topk_blocks=blocks, lse_BTH=lse, **sizes, **OURS
         )
 
-    def compressed() -> Tensor:
+    def compressed() -> tuple[Tensor, Tensor | None]:
         entries = (means(k_cmp, block), means(v_cmp, block))
-        return range_attention(q, *entries, zero, complete, scale=SCALE, **OURS)
+        return range_attention_with_sums(q, *entries, zero, complete, scale=SCALE, **OURS)
 
-    starts = select()
+    lse = compressed()[1]
+    starts = select(lse)
 
     def selected() -> Tensor:
         return block_attention(q, k, v, starts, place, block_size=block, scale=SCALE, **OURS)
@@ -71,12 +75,18 @@ def nsa(length: int, block: int, blocks: int) -> tuple[dict[str, Callable[[], Te
     def window() -> Tensor:
         return range_attention(q, k_win, v_win, low, place + 1, scale=SCALE, **OURS)
 
-    parts = {"select": select, "compressed": compressed, "selected": selected, "window": window}
+    parts: dict[str, Callable[[], Tensor]] = {
+        "select": lambda: select(lse),
+        "select-alone": lambda: select(None),
+        "compressed": lambda: compressed()[0],
+        "selected": selected,
+        "window": window,
+    }
 
     def whole() -> Tensor:
-        chosen = select()
-        slc = block_attention(q, k, v, chosen, place, block_size=block, scale=SCALE, **OURS)
-        return compressed() + slc + window()
+        cmp, lse = compressed()
+        slc = block_attention(q, k, v, select(lse), place, block_size=block, scale=SCALE, **OURS)
+        return cmp + slc + window()
 
     return {"": whole} | {"-" + name: part for name, part in parts.items()}, inputs
 
@@ -116,6 +126,20 @@ def dense(length: int, groups: int) -> tuple[Callable[[], Tensor], list]:
     return run, inputs
 
 
+def fla(length: int, block: int, blocks: int) -> tuple[Callable[[], Tensor], list]:
+    from fla.ops.nsa import parallel_nsa
+
+    inputs = leaves(length, HEADS, GROUPS, GROUPS)
+    gate = torch.ones(1, length, HEADS, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> Tensor:
+        return parallel_nsa(
+            *inputs, g_cmp=gate, g_slc=gate, block_counts=blocks, block_size=block, scale=SCALE
+        )
+
+    return run, inputs
+
+
 def times(run: Callable[[], Tensor], inputs: list, repeats: int) -> dict[str, list[float]]:
     """Forward alone and forward + backward."""
     with torch.no_grad():
@@ -136,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--fla", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     rows, machine, peers = [], limits(), {}
@@ -144,12 +169,15 @@ def main() -> None:
         is_nsa = name.startswith("nsa")
         shape = (length, GROUPS if is_nsa else HEADS)
         if shape not in peers:
-            peers[shape] = times(*dense(*shape), arguments.repeats)
+            peers[shape] = {"cudnn": times(*dense(*shape), arguments.repeats)}
+            if is_nsa and arguments.fla:
+                peers[shape]["fla"] = times(*fla(length, block, blocks), arguments.repeats)
         parts, inputs = (nsa if is_nsa else moba)(length, block, blocks)
         for part, run in parts.items():
             torch.cuda.reset_peak_memory_stats()
             for metric, values in times(run, inputs, arguments.repeats).items():
-                against = {} if part else {"cudnn": statistics.median(peers[shape][metric])}
+                against = {} if part else peers[shape]
+                against = {who: statistics.median(found[metric]) for who, found in against.items()}
                 rows.append(
                     row(
                         name + part,

@@ -3,7 +3,7 @@
     python benchmarks/sparse_decode.py [--out DIR] [--batches 1 8 32]
 
 bfloat16, model width 2048; 64 query heads of 128 for 4 key heads (full, NSA, MoBA), 128 absorbed
-heads (MLA, DSA with 2048 tokens, index keys in bfloat16). Random numbers stand in the cache, so that
+heads (MLA, DSA with 2048 tokens, index keys in bfloat16). The cache holds random numbers, so that
 selections are random. A step is replayed from a CUDA graph: no launch is waited for.
 
 ``read``: bytes that came from memory, which Nsight Compute counts in a second process, beside the
