@@ -61,9 +61,14 @@ MAX_ROWS = 128  # query heads that read the same keys, in these kernels
 
 
 def shape_refusal(rows: int, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What the kernels of attention need of queries, ``rows`` heads of which read the same keys."""
+    """What they need where ``rows`` query heads read the same keys."""
     if rows > MAX_ROWS:
         return f"it needs at most {MAX_ROWS} query heads that read the same keys, got {rows}"
+    return width_refusal(q, k, v)
+
+
+def width_refusal(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> str:
+    """What the kernels of attention need of queries, keys and values."""
     if not q.dtype == k.dtype == v.dtype:
         return f"it needs one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
     widths = (q.shape[-1], v.shape[-1])
