@@ -27,5 +27,5 @@ def test_a_shortened_study_trains_every_arm_and_answers_every_probe(name, corpus
     assert run_ladder(study, tmp_path, jobs=0).reason == "done"
     for arm in json.loads((tmp_path / "results.json").read_text())["arms"]:
         assert arm["failed"] is None
-        assert arm["probes"].keys() == set(study.probes)
+        assert arm["probes"].keys() >= set(study.probes)
         assert not any("failed" in record for record in arm["probes"].values()), arm["probes"]

@@ -18,7 +18,7 @@ from fathom.layers.rope import Rope
 from fathom.layers.step import Step
 from fathom.model import Decoder, build_model
 from fathom.probes import PROBES, Context
-from fathom.probes.reach import find_accuracy
+from fathom.probes.reach import find_accuracy, mirror
 from fathom.probes.retrieval import recall
 from fathom.probes.routing import divergence
 from fathom.probes.score import position_share, shuffled
@@ -132,6 +132,15 @@ def test_a_single_repeating_wave_points_worse_than_many():
     one = find_accuracy(keys[..., :2], Rope(2, 10000.0), 1024, seed=0).item()
     assert many > 0.9
     assert one < 0.2  # it repeats every 2 pi tokens
+
+
+def test_the_slowest_wave_alone_has_a_mirror_and_all_waves_together_have_none():
+    rope = Rope(64, theta=10_000.0)
+    slowest = torch.zeros(64)
+    slowest[[31, 63]] = 1.0  # channels of the last pair
+    alone, together = mirror(torch.stack([slowest, torch.ones(64)]), rope)
+    assert alone == pytest.approx(1.0)
+    assert abs(together) < 0.5
 
 
 def test_without_rotation_no_place_can_be_pointed_at(dataset):

@@ -28,6 +28,11 @@ TITLES = {
         "Milliseconds of one attention layer on one sequence, its projections and what it selects "
         "by included. Where the lines of two arms cross, one begins to pay.",
     ),
+    "balance": (
+        "Evenness of the experts over training",
+        "The busiest expert's load over the mean, less one; experts without a token in a step, all "
+        "layers together; entropy of the load in nats. In training batches.",
+    ),
     "retrieval": (
         "Retrieval from the context",
         "Pairs of random tokens are shown, then one key: is its value the likeliest of those? And "
@@ -53,7 +58,8 @@ TITLES = {
     "reach": (
         "Reach of position",
         "Whether the best query for it could find a token by its distance alone, among so many "
-        "tokens. This is what the position code allows, not what the arm does.",
+        "tokens. This is what the position code allows, not what the arm does. Mirror: are a "
+        "distance and the longest wavelength less it alike (1), or not (0)?",
     ),
     "score": (
         "Position's share of the score",

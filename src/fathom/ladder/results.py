@@ -116,11 +116,17 @@ def _arm(
         "train_tokens_per_second": speed.get("tokens_per_second"),
         "threads": speed.get("threads"),
         "peak_memory_bytes": speed.get("peak_memory_bytes"),
-        "probes": outcome.probes,
+        "probes": _balance(scored) | outcome.probes,
         "verdict": verdict,
         "curves": [{"seed": run["seed"], **run["curve"]} for run in runs],
         "failed": outcome.failed,
     }
+
+
+def _balance(runs: Sequence[Data]) -> Data:
+    """The first run's evenness over its training, as if a probe had measured it."""
+    found = runs[0].get("balance") if runs else None
+    return {"balance": found} if found else {}
 
 
 def _seed(run: Data) -> Data:

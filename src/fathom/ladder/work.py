@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -58,6 +58,7 @@ class TrainTask:
             "tokens": result.tokens,
             **evaluation_data(found),
             "curve": learning_curve(self.folder),
+            "balance": balance_curve(self.folder),
             "train_seconds": trained - begun,
             "evaluation_seconds": time.perf_counter() - trained,
         }
@@ -93,15 +94,30 @@ def learning_curve(run: Path) -> Data:
     ``train_tokens`` and ``train_bpb``: the training loss, averaged over equal stretches.
     """
     held_out = [line for line in read_lines(run / "eval.jsonl") if line["val_bpb"] is not None]
-    steps = [line for line in read_lines(run / "metrics.jsonl") if line["bpb"] is not None]
-    stretch = max(-(-len(steps) // CURVE_POINTS), 1)
-    parts = [steps[at : at + stretch] for at in range(0, len(steps), stretch)]
+    parts = _stretches(run, "bpb")
     return {
         "tokens": [line["tokens"] for line in held_out],
         "bpb": [line["val_bpb"] for line in held_out],
         "train_tokens": [part[-1]["tokens"] for part in parts],
-        "train_bpb": [sum(line["bpb"] for line in part) / len(part) for part in parts],
+        "train_bpb": [fmean(line["bpb"] for line in part) for part in parts],
     }
+
+
+def balance_curve(run: Path) -> Data:
+    """How evenly a run used its experts, averaged likewise; ``{}`` for one without experts."""
+    parts = _stretches(run, "max_violation")
+    if not parts:
+        return {}
+    names = ("max_violation", "dead_experts", "load_entropy")
+    means = {name: [fmean(line[name] for line in part) for part in parts] for name in names}
+    return {"tokens": [part[-1]["tokens"] for part in parts], **means}
+
+
+def _stretches(run: Path, key: str) -> list[list[Data]]:
+    """The recorded steps that have a figure, in at most ``CURVE_POINTS`` stretches."""
+    steps = [line for line in read_lines(run / "metrics.jsonl") if line.get(key) is not None]
+    stretch = max(-(-len(steps) // CURVE_POINTS), 1)
+    return [steps[at : at + stretch] for at in range(0, len(steps), stretch)]
 
 
 @dataclass(frozen=True, kw_only=True)
