@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fathom.ops.adamw import ADAMW, _adamw, adamw
+from fathom.ops.rounding import joined, split
 
 BETAS = (0.8, 0.95)
 
@@ -77,6 +78,46 @@ def test_the_kernel_says_what_it_needs(tensor, words):
 def test_the_op_says_what_it_changes():
     pytest.importorskip("triton")
     state = columns(torch.float32)
-    scalars = torch.tensor(0.1), torch.zeros(()), None, *BETAS, 1e-6
+    scalars = torch.tensor(0.1), torch.zeros(()), None, *BETAS, 1e-6, [], None
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(_adamw, (*state, [0.1, 0.0], *scalars), test_utils=checks)
+
+
+def narrow(times, **how):
+    """bfloat16 parameters near 1 after steps of 1e-5, which is far below half of 2**-8."""
+    p = torch.linspace(1, 1.9, 4096).bfloat16()
+    state = [[p], [-torch.ones_like(p)], [torch.zeros_like(p)], [torch.zeros_like(p)]]
+    options = {"lr": 1e-5, "betas": BETAS, "eps": 1e-8, "skip": torch.zeros(())}
+    count = torch.zeros(())
+    for _ in range(times):
+        adamw(*state, [count], decays=[0.0], **options, **how)
+    return p.float() - torch.linspace(1, 1.9, 4096).bfloat16().float()
+
+
+def test_small_steps_are_lost_to_the_nearest_and_kept_by_chance_or_in_lower_halves():
+    lows = [torch.zeros(4096, dtype=torch.int16)]
+    assert narrow(100).abs().max() == 0
+    assert narrow(100, seed=1).mean() == pytest.approx(1e-3, rel=0.1)
+    assert narrow(1000, lows=lows).mean() == pytest.approx(1e-2, abs=2**-8)
+
+
+def test_chance_is_that_of_seed_parameter_and_step_alone():
+    assert torch.equal(narrow(20, seed=1), narrow(20, seed=1))
+    assert not torch.equal(narrow(20, seed=1), narrow(20, seed=2))
+
+
+def test_parameters_with_lower_halves_are_float32_parameters_bit_by_bit():
+    wide, halves = columns(torch.float32), columns(torch.float32)
+    halves[0], lows = map(list, zip(*map(split, wide[0]), strict=True))
+    options = {"lr": 1e-3, "betas": BETAS, "eps": 1e-6, "skip": torch.zeros(())}
+    for _ in range(5):
+        adamw(*wide, decays=[0.1, 0.0], impl="reference", **options)
+        adamw(*halves, decays=[0.1, 0.0], lows=lows, **options)
+    for p, high, low in zip(wide[0], halves[0], lows, strict=True):
+        assert torch.equal(p, joined(high, low))
+        assert (p - high.float()).abs().max() <= p.abs().max() * 2**-8
+
+
+def test_pytorchs_step_is_refused_where_it_cannot_round_so():
+    with pytest.raises(ValueError, match="impl='torch' is not known to adamw"):
+        narrow(1, seed=0, impl="torch")

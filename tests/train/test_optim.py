@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fathom.model import Decoder, build_model
 from fathom.train import optim
-from fathom.train.config import TrainConfig
+from fathom.train.config import Rounding, TrainConfig
 from fathom.train.optim import (
     Muon,
     Optimizer,
@@ -210,6 +210,37 @@ def test_a_copied_state_goes_on_bit_by_bit(make_config, name, dtype):
         return twin, fresh
 
     assert same(run(lambda model, optimizer: (model, optimizer)), run(copied))
+
+
+def after_two_small_steps(
+    make_config, rounding: Rounding, seed: int = 5
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """How far bfloat16 weights went by two steps of 1e-5, and the optimizer's state."""
+    model = build_model(make_config().model, seed=1, dtype=torch.bfloat16)
+    before = {name: p.detach().float() for name, p in model.named_parameters()}
+    cfg = TrainConfig(steps=1, dtype="bf16", rounding=rounding, seed=seed)
+    optimizer = Optimizer(model, cfg)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(1e-5, KEEP)
+    moved = {name: p.detach().float() - before[name] for name, p in model.named_parameters()}
+    return moved, optimizer.state()
+
+
+def test_stochastic_rounding_moves_bfloat16_weights_right_on_average(make_config):
+    moved, _ = after_two_small_steps(make_config, "stochastic")
+    assert moved["embed.weight"].mean().item() == pytest.approx(-2e-5, rel=0.1)
+    other, _ = after_two_small_steps(make_config, "stochastic", seed=6)
+    assert not torch.equal(moved["embed.weight"], other["embed.weight"])
+
+
+def test_master_weights_hold_what_bfloat16_ones_cannot(make_config):
+    moved, state = after_two_small_steps(make_config, "master")
+    assert not moved["norm.weight"].any()  # 1, whose lower neighbour is 2**-8 away
+    below = state["low.norm.weight"].float() * 2**-24
+    assert {key.removeprefix("low.") for key in state if key.startswith("low.")} == set(moved)
+    torch.testing.assert_close(below, torch.full_like(below, -2e-5), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

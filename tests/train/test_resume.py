@@ -26,6 +26,10 @@ CASES = {
     "deepseek-adamw-async-accumulated": [
         *(*DEEPSEEK, "train.async_save=true", "train.micro_batch_size=2")
     ],
+    "llama-bf16-stochastic": [*LLAMA, "train.dtype=bf16", "train.rounding=stochastic"],
+    "llama-bf16-master-async": [
+        *(*LLAMA, "train.dtype=bf16", "train.rounding=master", "train.async_save=true")
+    ],
     "deepseek-muon": [*DEEPSEEK, "train.optimizer=muon"],
 }
 

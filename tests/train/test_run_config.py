@@ -110,6 +110,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one():
         (["data.seq_len=1024", "train.tokens_per_step=1024"], "max_seq_len .512."),
         (["train.ramp_steps=5", "train.ramp_from_tokens=100"], "ramp_from_tokens"),
         (["train.ramp_steps=5", "train.ramp_from_tokens=16384"], "at most tokens_per_step"),
+        (["train.rounding=master"], "needs train.dtype=bf16 and train.optimizer=adamw"),
         (["model.preset=tiny-deepseek", "data.seq_len=1"], "nothing that far ahead"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -23,6 +23,7 @@ from fathom.ops.registry import (
     takes_all,
     wide,
 )
+from fathom.ops.rounding import chances, joined, rounded, split
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -42,6 +43,9 @@ ADAMW = Implementations(
     op="adamw",
     refusals={"triton": triton_refusal, "torch": takes_all, "reference": takes_all},
 )
+OWN_ROUNDING = Implementations(
+    op="adamw", refusals={"triton": triton_refusal, "reference": takes_all}
+)
 
 
 def adamw(
@@ -57,6 +61,8 @@ def adamw(
     eps: float,
     skip: Tensor,
     scale: Tensor | None = None,
+    lows: Sequence[Tensor] = (),
+    seed: int | None = None,
     impl: Impl = "auto",
 ) -> None:
     """One step, in place: parameters, both moments and step counts; all on one device.
@@ -76,28 +82,35 @@ def adamw(
         lr: rate; a scalar on the device, if it is to change under a CUDA graph.
         skip: scalar, float32; not 0: nothing changes.
         scale: scalar that gradients are multiplied by; None: 1.
+        lows: int16, for each of the parameters, which are bfloat16 then: the 16 bits that make
+            float32 numbers of them (``ops/rounding.py``).
+        seed: of the chance by which bfloat16 parameters are rounded; None: to the nearest.
+            PyTorch's implementation knows neither this nor ``lows``.
     """
     if not params:
         return
-    chosen = choose(ADAMW, impl, *params, *exp_avgs, *exp_avg_sqs)
+    offered = ADAMW if seed is None and not lows else OWN_ROUNDING
+    chosen = choose(offered, impl, *params, *exp_avgs, *exp_avg_sqs)
     if (impl, chosen) == ("auto", "triton"):
         chosen = settle(PROVEN, _check, params[0].device)
+        chosen = chosen if chosen in offered.refusals else "reference"
     moments = list(exp_avgs), list(exp_avg_sqs)
     columns = list(params), list(grads), *moments, list(steps), list(decays)
     if chosen == "triton":
         rate = lr if isinstance(lr, Tensor) else torch.full_like(skip, lr)
         factor = None if scale is None else scale.float()
-        _adamw(*columns, rate, skip, factor, *betas, eps)
-        return
-    run = _torch_adamw if chosen == "torch" else adamw_reference
-    run(*columns, lr, skip, scale, *betas, eps)
+        _adamw(*columns, rate, skip, factor, *betas, eps, list(lows), seed)
+    elif chosen == "torch":
+        _torch_adamw(*columns, lr, skip, scale, *betas, eps)
+    else:
+        adamw_reference(*columns, lr, skip, scale, *betas, eps, lows, seed)
 
 
 @op(
     "adamw",
     fake=lambda *_: None,
     flops=lambda *_: 0,
-    mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"),
+    mutates=("params", "exp_avgs", "exp_avg_sqs", "steps", "lows"),
 )
 def _adamw(
     params: list[Tensor],
@@ -112,10 +125,13 @@ def _adamw(
     beta1: float,
     beta2: float,
     eps: float,
+    lows: list[Tensor],
+    seed: int | None,
 ) -> None:
     from fathom.ops.triton.adamw import adamw as kernel
 
-    kernel(params, grads, exp_avgs, exp_avg_sqs, steps, decays, lr, skip, scale, beta1, beta2, eps)
+    state = params, grads, exp_avgs, exp_avg_sqs, steps, lows
+    kernel(*state, decays, lr, skip, scale, beta1, beta2, eps, seed)
 
 
 def _torch_adamw(
@@ -170,20 +186,30 @@ def adamw_reference(
     beta1: float,
     beta2: float,
     eps: float,
+    lows: Sequence[Tensor] = (),
+    seed: int | None = None,
 ) -> None:
     """The definition, one tensor at a time, on any device and dtype."""
     live = skip == 0
-    for row in zip(params, grads, exp_avgs, exp_avg_sqs, steps, decays, strict=True):
-        *tensors, step, decay = row
+    columns = zip(params, grads, exp_avgs, exp_avg_sqs, steps, decays, strict=True)
+    for n, (*tensors, step, decay) in enumerate(columns):
         p, g, m, v = (t.to(wide(t.dtype)) for t in tensors)
+        p = joined(tensors[0], lows[n]) if lows else p
         g = g if scale is None else g * scale
         t = step.double() + 1
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         root = (v / (1 - beta2**t)).sqrt()
         p = (1 - lr * decay) * p - lr / (1 - beta1**t) * m / (root + eps)
-        for old, new in zip((tensors[0], *tensors[2:], step), (p, m, v, t), strict=True):
-            old.copy_(torch.where(live, new.to(old.dtype), old))
+        old, new = [tensors[0], *tensors[2:], step], [p, m, v, t]
+        if lows:
+            old.append(lows[n])
+            new[0], low = split(p)
+            new.append(low)
+        elif seed is not None and tensors[0].dtype == torch.bfloat16:
+            new[0] = rounded(p, chances(p.numel(), seed, n, t).view(p.shape))
+        for there, value in zip(old, new, strict=True):
+            there.copy_(torch.where(live, value.to(there.dtype), there))
 
 
 def _check(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -196,7 +222,7 @@ def _check(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     zero, half, rate = (torch.full((), value, device=device) for value in (0.0, 0.5, 1e-3))
     for _ in range(2):
         rest = [0.1, 0.0], rate, zero, half, 0.9, 0.99, 1e-8
-        _adamw(found[0], found[1], found[2], found[3], steps, *rest)
+        _adamw(found[0], found[1], found[2], found[3], steps, *rest, [], None)
         adamw_reference(exact[0], exact[1], exact[2], exact[3], exact_steps, *rest)
     for got, want in zip(found, exact, strict=True):
         yield from zip(got, want, strict=True)

@@ -18,6 +18,7 @@ from fathom.settings import ConfigError, Data, merge, override, parse, read_toml
 Schedule = Literal["constant", "cosine", "wsd", "deepseek_v3", "multi_step"]
 OptimizerName = Literal["adamw", "muon"]
 Precision = Literal["float32", "bf16_autocast", "bf16"]
+Rounding = Literal["nearest", "stochastic", "master"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -46,6 +47,9 @@ class TrainConfig(Config):
         grad_clip: the highest global gradient norm; 0: no clipping.
         dtype: float32; bf16_autocast (float32 weights, bfloat16 arithmetic); bf16 (everything
             bfloat16: half the memory, but small updates round away).
+        rounding: how bf16 weights take an update: to the nearest; stochastic: up or down by chance,
+            right on average; master: AdamW keeps 16 more bits of each, so they are float32 weights
+            to it (``ops/rounding.py``).
         device: auto is cuda where there is one, else cpu.
         compile: compile each block with ``torch.compile``.
         activation_checkpointing: recompute each block in the backward pass, to save memory.
@@ -90,6 +94,7 @@ class TrainConfig(Config):
     decay_embeddings: bool = False
     grad_clip: float = 1.0
     dtype: Precision = "float32"
+    rounding: Rounding = "nearest"
     device: Device = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
@@ -126,6 +131,11 @@ class TrainConfig(Config):
             self.deterministic or not self.repeat_every,
             f"repeat_every ({self.repeat_every}) needs train.deterministic=true: else a step may "
             "differ from itself without any fault",
+        )
+        require(
+            self.rounding == "nearest" or (self.dtype, self.optimizer) == ("bf16", "adamw"),
+            f"rounding={self.rounding} is of bf16 weights that AdamW updates: it needs "
+            f"train.dtype=bf16 and train.optimizer=adamw, got {self.dtype} and {self.optimizer}",
         )
         self._check_ramp()
 

@@ -21,7 +21,7 @@ from fathom.ops import adamw
 from fathom.parallel import ALONE, Layout, step
 from fathom.parallel.mesh import local
 from fathom.settings import ConfigError
-from fathom.train.config import TrainConfig
+from fathom.train.config import Rounding, TrainConfig
 
 KINDS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW's state
 NS_STEPS = 5
@@ -35,6 +35,8 @@ class AdamW:
     Args:
         params: by name.
         decay: weight decay of each, by name.
+        rounding: see :class:`TrainConfig`.
+        seed: of rounding by chance.
     """
 
     def __init__(
@@ -44,13 +46,19 @@ class AdamW:
         *,
         betas: tuple[float, float],
         eps: float,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
     ) -> None:
         self.params, self.decay, self.betas, self.eps = params, decay, betas, eps
+        self.seed = seed if rounding == "stochastic" else None
         self.state = {
             **{f"exp_avg.{name}": torch.zeros_like(local(p)) for name, p in params.items()},
             **{f"exp_avg_sq.{name}": torch.zeros_like(local(p)) for name, p in params.items()},
             **{f"step.{name}": torch.zeros((), device=p.device) for name, p in params.items()},
         }
+        if rounding == "master":
+            zeros = {n: torch.zeros_like(local(p), dtype=torch.int16) for n, p in params.items()}
+            self.state |= {f"low.{name}": halves for name, halves in zeros.items()}
 
     def step(self, lr: float | Tensor, skip: Tensor, scale: Tensor | None = None) -> None:
         """See :meth:`Optimizer.step`."""
@@ -65,6 +73,8 @@ class AdamW:
             eps=self.eps,
             skip=skip,
             scale=scale,
+            lows=[low for name in grads if (low := self.state.get(f"low.{name}")) is not None],
+            seed=self.seed,
         )
 
 
@@ -189,7 +199,10 @@ class Optimizer:
         by_muon = hidden if cfg.optimizer == "muon" else set()
         rest = {name: p for name, p in params.items() if name not in by_muon}
         decay = {name: weight_decay(name, p, cfg) for name, p in rest.items()}
-        self.parts: list[AdamW | Muon] = [AdamW(rest, decay, betas=cfg.betas, eps=cfg.eps)]
+        first = AdamW(
+            rest, decay, betas=cfg.betas, eps=cfg.eps, rounding=cfg.rounding, seed=cfg.seed
+        )
+        self.parts: list[AdamW | Muon] = [first]
         if by_muon:
             matrices = {name: p for name, p in params.items() if name in by_muon}
             decayed = {"momentum": cfg.muon_momentum, "weight_decay": cfg.weight_decay}

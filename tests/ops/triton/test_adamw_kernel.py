@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fathom.ops.adamw import _adamw, adamw, adamw_reference
+from fathom.ops.rounding import joined, split
 from fathom.ops.triton import adamw as kernel
 from ops.guards import Guards
 from ops.hopper import Source, build
@@ -39,12 +40,12 @@ def decays(columns):
     return [0.1 * (n % 2) for n in range(len(columns[0]))]
 
 
-def after(step, columns, *, lr=1e-2, skip=0.0, scale=None, times=3):
+def after(step, columns, *, lr=1e-2, skip=0.0, scale=None, times=3, lows=(), seed=None):
     device = columns[4][0].device
     rate, flag = scalars(device, lr, skip)
     factor = None if scale is None else torch.tensor(scale, device=device)
     for _ in range(times):
-        step(*columns, decays(columns), rate, flag, factor, *RATES)
+        step(*columns, decays(columns), rate, flag, factor, *RATES, list(lows), seed)
     return columns
 
 
@@ -81,7 +82,7 @@ def test_tensors_of_several_dtypes_are_stepped_together(device):
         alone = [[column[n]] for column in apart]
         rate, flag = scalars(device, 1e-2, 0.0)
         for _ in range(3):
-            _adamw(*alone, [0.1 * (n % 2)], rate, flag, None, *RATES)
+            _adamw(*alone, [0.1 * (n % 2)], rate, flag, None, *RATES, [], None)
     assert all(
         torch.equal(a, b)
         for m, s in zip(mixed, apart, strict=True)
@@ -131,8 +132,49 @@ def test_the_first_step_is_the_gradients_sign_times_the_rate(device, beta):
     p, g = torch.zeros(64, device=device), torch.linspace(-2, 2, 64, device=device)
     row = [[p], [g], [torch.zeros_like(p)], [torch.zeros_like(p)], [torch.zeros((), device=device)]]
     rate, flag = scalars(device, 0.5, 0.0)
-    _adamw(*row, [0.0], rate, flag, None, beta, beta, 1e-12)
+    _adamw(*row, [0.0], rate, flag, None, beta, beta, 1e-12, [], None)
     torch.testing.assert_close(p, -0.5 * g.sign(), rtol=1e-5, atol=0)
+
+
+def halved(columns):
+    highs, lows = map(list, zip(*map(split, columns[0]), strict=True))
+    return [highs, *columns[1:]], lows
+
+
+@pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "offset"])
+def test_lower_halves_make_bfloat16_parameters_the_float32_ones(device, offset):
+    start = rows(SIZES, device, *[torch.float32] * 4, offset=offset)
+    (found, lows), scales = halved(copied(start)), {"scale": 0.5}
+    after(_adamw, found, lows=lows, **scales)
+    wide = after(_adamw, copied(start), **scales)
+    for high, low, p in zip(found[0], lows, wide[0], strict=True):
+        assert torch.equal(joined(high, low), p)
+    for a, b in zip(chain(*found[1:]), chain(*wide[1:]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "offset"])
+def test_chance_rounds_as_the_definition_does_and_to_a_neighbour(device, offset):
+    start = rows(SIZES, device, torch.bfloat16, *[torch.float32] * 3, offset=offset)
+    found = after(_adamw, copied(start), seed=2**31 - 1, times=1)
+    again = after(_adamw, copied(start), seed=2**31 - 1, times=1)
+    want = after(adamw_reference, copied(start), seed=2**31 - 1, times=1)
+    exact = after(adamw_reference, copied(start, torch.float64), times=1)
+    different = count = 0
+    for a, b, c, d in zip(found[0], again[0], want[0], exact[0], strict=True):
+        assert torch.equal(a, b)
+        assert ((a.double() - d).abs() <= 2**-7 * d.abs() + 1e-7).all()
+        different, count = different + int((a != c).sum()), count + a.numel()
+    assert different <= 1e-3 * count  # where the last bit of float32 decides
+
+
+def test_a_skipped_step_leaves_lower_halves_and_rounded_parameters_alone(device):
+    start = rows(SIZES, device, *[torch.float32] * 4)
+    (found, lows), (before, old) = halved(copied(start)), halved(copied(start))
+    after(_adamw, found, lows=lows, skip=1.0)
+    after(_adamw, found, seed=3, skip=1.0)
+    for a, b in zip(chain(lows, *found), chain(old, *before), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu
@@ -198,28 +240,48 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_stepped_to_its_end():
     device, size = torch.device("cuda"), 2**31 + 4096
     p, g, m, v = (torch.full((size,), 0.5, dtype=torch.bfloat16, device=device) for _ in range(4))
     rate, flag = scalars(device, 0.5, 0.0)
-    _adamw([p], [g], [m], [v], [torch.zeros((), device=device)], [0.0], rate, flag, None, *RATES)
+    _adamw(
+        [p],
+        [g],
+        [m],
+        [v],
+        [torch.zeros((), device=device)],
+        [0.0],
+        rate,
+        flag,
+        None,
+        *RATES,
+        [],
+        None,
+    )
     assert (p[:8] == p[-8:]).all()
     assert (p == p[0]).all()
 
 
 def test_nothing_spills_and_aligned_tensors_move_by_16_bytes():
-    table = {"chunks_3C": "*i64", "table_5N": "*i64", "rates_3N": "*fp32", "skip": "*fp32"}
+    table = {"chunks_4C": "*i64", "table_RN": "*i64", "rates_3N": "*fp32", "skip": "*fp32"}
     rates = dict.fromkeys(("beta1", "beta2", "eps"), "fp32")
+    types = table | rates | {"chunks": "i32", "tensors": "i32", "BLOCK": kernel.BLOCK}
     sources = []
-    for dtype, aligned, scale in (("bf16", 16, "*fp32"), ("fp32", 16, None), ("bf16", 1, None)):
+    for dtype, aligned, more in (
+        ("bf16", 16, {"scale": "*fp32"}),
+        ("fp32", 16, {}),
+        ("bf16", 16, {"low_0": "*i16"}),
+        ("bf16", 16, {"seed": "i32"}),
+        ("bf16", 1, {}),
+    ):
         like = dict.fromkeys(("param_0", "grad_0", "exp_avg_0", "exp_avg_sq_0"), f"*{dtype}")
-        sizes = {"chunks": "i32", "tensors": "i32", "ALIGNED": aligned, "BLOCK": kernel.BLOCK}
-        arguments = table | like | rates | sizes | {"scale": scale}
+        options = dict.fromkeys(("scale", "low_0", "seed")) | more
+        arguments = types | like | options | {"ALIGNED": aligned}
         sources.append(
             Source("fathom.ops.triton.adamw:_update", arguments, {"num_warps": kernel.WARPS})
         )
-    begin = {"table_5N": "*i64", "decays_N": "*fp32", "rates_3N": "*fp32", "lr": "*fp32"}
+    begin = {"table_RN": "*i64", "decays_N": "*fp32", "rates_3N": "*fp32", "lr": "*fp32"}
     begin |= {"skip": "*fp32", "log_beta1": "fp32", "log_beta2": "fp32", "tensors": "i32"}
     sources.append(Source("fathom.ops.triton.adamw:_begin", begin | {"TENSORS": kernel.TENSORS}))
-    write = {"table_5N": "*i64", "at": "i32:16", "codes": ("i64",) * kernel.PER_LAUNCH}
+    write = {"table_RN": "*i64", "at": "i32:16", "codes": ("i64",) * kernel.PER_LAUNCH}
     sources.append(Source("fathom.ops.triton.adamw:_write", write | {"COUNT": kernel.PER_LAUNCH}))
     built = build(*sources)
     assert [b.spilled for b in built] == [0] * len(built)
-    assert [b.widest for b in built[:3]] == [16, 16, 8]  # 8: the table's entries
-    assert all(b.registers <= 64 for b in built[:2])
+    assert [b.widest for b in built[:5]] == [16, 16, 16, 16, 8]  # 8: the table's entries
+    assert all(b.registers <= 64 for b in built[:4])
