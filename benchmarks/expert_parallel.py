@@ -60,8 +60,9 @@ def layouts(world: int) -> dict[str, ParallelConfig]:
         f"ep{world}-fsdp{world}": ParallelConfig(ep=world, shard=world),
     }
     if world >= 4:
-        half = ParallelConfig(dp=2, ep=world // 2, shard=world)
-        found[f"dp2-ep{world // 2}-fsdp{world}"] = half
+        half = world // 2
+        found[f"dp2-ep{half}"] = ParallelConfig(dp=2, ep=half)
+        found[f"dp2-ep{half}-fsdp{world}"] = ParallelConfig(dp=2, ep=half, shard=world)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Draw the plots of ``docs/performance.md`` from the newest records of one GPU.
+"""Draw the plots of ``docs/performance.md`` and ``docs/scaling.md`` from a GPU's newest records.
 
 python benchmarks/plots.py [--device h100]
 
@@ -158,6 +158,10 @@ DRAWN: dict[str, tuple[str, Callable[[Record], Chart]]] = {  # file: benchmark, 
                 for metric, title in (("fwd", "forward"), ("fwd_bwd", "forward and backward"))
             ]
         },
+    ),
+    "many-gpus": (
+        "expert_parallel",
+        lambda record: bars(record, "tokens_per_second", "tokens a second of all GPUs"),
     ),
     "router": ("router", lambda record: bars(record, "router", "milliseconds")),
     "optimizer": ("optimizer", lambda record: bars(record, "ms", "milliseconds a step")),
