@@ -97,8 +97,8 @@ class ExpertParallel:
         leaving = self.by_rank(here_NR)
         pairs_R = counts_E.view(ranks, -1).sum(1)
         sent_R2 = torch.stack([leaving.counts[:ranks], pairs_R], dim=1)
-        received_R2 = torch.empty_like(sent_R2)
         with self.lane.beside(sent_R2):
+            received_R2 = torch.empty_like(sent_R2)  # of the lane's memory: nobody else keeps it
             dist.all_to_all_single(received_R2, sent_R2, group=self.group)
             on_host = torch.stack([sent_R2, received_R2]).to("cpu", non_blocking=True)
             self.lane.mark()
