@@ -25,11 +25,11 @@ import fathom
 from fathom.convert.checkpoint import read_folder_config
 from fathom.convert.families import read_config
 from fathom.convert.gguf import open_gguf
-from fathom.convert.hf_tokenizer import read_hf_tokenizer
+from fathom.convert.hf_tokenizer import GENERATION_CONFIG, read_hf_tokenizer
 from fathom.convert.run_folder import CheckpointError
 from fathom.convert.source import INDEX, SINGLE, FolderSource
 from fathom.data.tokenizer import Tokenizer, train_tokenizer
-from fathom.generate.defaults import GENERATION_CONFIG, read_defaults
+from fathom.generate.defaults import read_defaults
 
 SECONDS, GROWN_BYTES = 1.0, 256 * 2**20
 ODD: list[Any] = [None, True, 0, -1, 1, 2**31, 2**63, 1e308, -0.5, "", "a" * 300, "../x", "\x1b[2J"]

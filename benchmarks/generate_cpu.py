@@ -17,7 +17,6 @@ import torch
 from records import limits, row, spread, write
 
 import fathom
-from fathom.generate.defaults import GenerationDefaults
 from fathom.generate.layout import lay_out_for_decoding
 from fathom.model import Decoder
 from fathom.ops.linear import linear
@@ -29,7 +28,7 @@ Generate = Callable[[int], list[int]]
 
 def ours(model: Decoder) -> Generate:
     """Greedy ids of so many new tokens, with no token ending the text."""
-    engine = fathom.Engine(model, defaults=GenerationDefaults(eos_ids=()))
+    engine = fathom.Engine(model, defaults={"eos_ids": ()})
     return lambda n: engine.generate([PROMPT], max_new_tokens=n)[0].tokens
 
 

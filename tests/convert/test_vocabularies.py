@@ -148,7 +148,7 @@ def test_metas_special_tokens_stand_behind_the_ranks() -> None:
     }
     assert tokenizer.vocab_size == n + 256
     assert tokenizer.begin_ids == [n]
-    assert read_defaults(files, {}, "m").eos_ids == (n + 1, n + 8, n + 9)
+    assert read_defaults(files, {}, "m").get("eos_ids") == (n + 1, n + 8, n + 9)
 
 
 def test_moonshots_special_tokens_are_named_by_its_config() -> None:

@@ -14,7 +14,7 @@ from fathom.generate import Engine
 from fathom.generate import chat as module
 from fathom.generate.chat import Chat, read_message, talk, template_of
 from fathom.generate.chat_template import PLAIN_TEMPLATE, ChatTemplate
-from fathom.generate.defaults import GenerationDefaults
+from fathom.generate.defaults import Settings
 from fathom.generate.engine import Generation
 from fathom.model import build_model
 from fathom.presets import preset
@@ -39,7 +39,7 @@ class Parrot:
 
     def __init__(self, *answers: str, context: int = 1000) -> None:
         self.model = SimpleNamespace(cfg=SimpleNamespace(max_seq_len=context))
-        self.tokenizer, self.defaults = TOKENIZER, GenerationDefaults(temperature=0.5)
+        self.tokenizer, self.defaults = TOKENIZER, Settings(temperature=0.5)
         self.answers, self.prompts, self.requests = list(answers), [], []
         self.interrupt = False
 
@@ -130,7 +130,7 @@ def test_settings_are_changed_shown_and_given_back() -> None:
     assert "temperature = 0.7" in notes[0]
     assert "top_p = none" in notes[0]
     run(chat, "/set temperature=none", "z")
-    asked = [(r["temperature"], r["top_k"], r["max_new_tokens"]) for r in parrot.requests]
+    asked = [(r["temperature"], r.get("top_k"), r["max_new_tokens"]) for r in parrot.requests]
     assert asked == [(0.5, None, 512), (0.7, 5, 512), (0.5, 5, 512)]
 
 
@@ -152,7 +152,7 @@ def test_a_mistake_is_told_and_the_chat_goes_on(line: str, sentence: str) -> Non
     written, notes = run(chat, line, "hi")
     assert sentence in notes[0]
     assert written == "still here\n"
-    assert chat.settings == GenerationDefaults()
+    assert chat.settings == Settings()
 
 
 def test_a_conversation_is_saved_but_not_over_a_file(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_an_answer_that_is_cut_says_why() -> None:
 def test_a_chat_of_a_real_model_streams_what_it_keeps() -> None:
     model = build_model(preset("tiny-gqa"), seed=2)
     assert template_of(model) is PLAIN_TEMPLATE
-    chat = Chat(Engine(model, defaults=GenerationDefaults(max_new_tokens=6)), PLAIN_TEMPLATE)
+    chat = Chat(Engine(model, defaults=Settings(max_new_tokens=6)), PLAIN_TEMPLATE)
     pieces: list[str] = []
     chat.answer("Who?", pieces.append)
     assert chat.messages[1] == {"role": "assistant", "content": "".join(pieces).strip()}

@@ -15,7 +15,7 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.ffn import DenseConfig
 from fathom.generate import Engine
 from fathom.generate import engine as engine_module
-from fathom.generate.defaults import GenerationDefaults
+from fathom.generate.defaults import Settings
 from fathom.generate.engine import tokenizer_of
 from fathom.model import Decoder, build_model
 from fathom.presets import preset
@@ -288,13 +288,13 @@ def test_log_probabilities_come_with_each_token_and_do_not_see_the_settings() ->
 
 def test_a_request_goes_before_the_engine_and_that_before_the_checkpoint() -> None:
     model = model_of("gqa")
-    stored = GenerationDefaults(max_new_tokens=3, temperature=1.0, eos_ids=(1,))
+    stored = Settings(max_new_tokens=3, temperature=1.0, eos_ids=(1,))
     said = b'{"max_new_tokens": 3, "do_sample": true}'
     origin = SimpleNamespace(files={"generation_config.json": said}, config={"eos_token_id": 1})
     object.__setattr__(model, "origin", origin)
-    line = GenerationDefaults(max_new_tokens=5)
+    line = Settings(max_new_tokens=5)
     assert Engine(model).defaults == stored
-    assert Engine(model, defaults=line).defaults == line.over(stored)
+    assert Engine(model, defaults=line).defaults == {**stored, **line}
     barred = {1: -100.0}
     lengths = [
         len(engine.generate([[2]], logit_bias=barred, max_new_tokens=asked)[0].tokens)
@@ -308,7 +308,7 @@ def test_any_of_several_end_ids_ends_a_text() -> None:
     words = TOKENIZER.encode("so it is")
     for end in (TOKENIZER.encode("!")[0], TOKENIZER.encode(";")[0]):
         model = Scripted([*words, end, *words])
-        ends = GenerationDefaults(eos_ids=(*TOKENIZER.encode("!"), *TOKENIZER.encode(";")))
+        ends = Settings(eos_ids=(*TOKENIZER.encode("!"), *TOKENIZER.encode(";")))
         (got,) = Engine(model, TOKENIZER, ends).generate(["a"])  # pyright: ignore
         assert (got.text, got.tokens[-1], got.finish_reason) == ("so it is", end, "eos")
 

@@ -8,7 +8,7 @@ from fathom.ffn import DenseConfig
 from fathom.generate import Engine
 from fathom.generate.chat import Chat
 from fathom.generate.chat_template import PLAIN_TEMPLATE
-from fathom.generate.defaults import GenerationDefaults
+from fathom.generate.defaults import Settings
 from fathom.generate.memory import Memory, can_be_cut_back
 from fathom.model import Decoder, build_model
 from fathom.presets import preset
@@ -99,7 +99,7 @@ def test_a_chat_reads_every_message_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("fathom.generate.chat_template.render", render)
     model = build_model(preset("tiny-gqa"), seed=2)
     counting = Counting(model)
-    chat = Chat(Engine(model, defaults=GenerationDefaults(max_new_tokens=6)), PLAIN_TEMPLATE)
+    chat = Chat(Engine(model, defaults=Settings(max_new_tokens=6)), PLAIN_TEMPLATE)
     prompts = []
     for question in ("Who is it that came?", "Why?"):
         prompts.append(len(chat._prompt([*chat.messages, {"role": "user", "content": question}])))

@@ -1,8 +1,11 @@
 """Options that several verbs take, as types."""
 
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,3 +44,34 @@ Data = Annotated[
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Context in tokens.")]
 Seed = Annotated[int, typer.Option(help="Of the draws, and of a preset's weights.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, checkpoint or preset.")]
+
+GENERATION: dict[str, tuple[type[int] | type[float], str]] = {
+    "max_new_tokens": (int, "At most so many tokens."),
+    "temperature": (float, "0: always the likeliest token."),
+    "top_k": (int, "Of the k likeliest tokens."),
+    "top_p": (float, "Of the likeliest up to p in sum."),
+    "min_p": (float, "Of those this share as likely."),
+    "repetition_penalty": (float, "Above 1: against words that stand there."),
+    "presence_penalty": (float, "Off each token that was written."),
+    "frequency_penalty": (float, "The same, each time it was written."),
+}
+
+
+def with_generation(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes ``settings``, with an option for each of ``GENERATION`` in its place."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(settings={name: given.pop(name) for name in GENERATION}, **given)
+
+    parameters: list[inspect.Parameter] = []
+    for own in inspect.signature(command).parameters.values():
+        if own.name != "settings":
+            parameters.append(own)
+            continue
+        for name, (kind, text) in GENERATION.items():
+            option = Annotated[kind | None, typer.Option(help=text)]
+            parameters.append(inspect.Parameter(name, own.kind, default=None, annotation=option))
+    vars(run)["__signature__"] = inspect.Signature(parameters)
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run

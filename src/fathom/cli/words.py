@@ -15,35 +15,23 @@ from fathom.cli.options import (
     Imports,
     Model,
     Seed,
+    with_generation,
 )
 
 if TYPE_CHECKING:
+    from fathom.generate.defaults import Settings
     from fathom.model import Decoder
 
 app = typer.Typer()
 
-MaxNewTokens = Annotated[int | None, typer.Option(help="At most so many tokens.")]
-Temperature = Annotated[float | None, typer.Option(help="0: always the likeliest token.")]
-TopK = Annotated[int | None, typer.Option(help="Of the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Of the likeliest up to p in sum.")]
-MinP = Annotated[float | None, typer.Option(help="Of those this share as likely.")]
-Repetition = Annotated[float | None, typer.Option(help="Above 1: against words that stand there.")]
-Presence = Annotated[float | None, typer.Option(help="Off each token that was written.")]
-Frequency = Annotated[float | None, typer.Option(help="The same, each time it was written.")]
-
 
 @app.command()
+@with_generation
 def generate(
     model: Model,
+    *,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Repetition = None,
-    presence_penalty: Presence = None,
-    frequency_penalty: Frequency = None,
+    settings: "Settings",
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string.")] = None,
     top_logprobs: Annotated[
@@ -72,19 +60,12 @@ def generate(
         typer.echo(console.clean(prompts[0]), nl=False)
     results = Engine(built).generate(
         prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
         seed=seed,
         top_logprobs=top_logprobs,
         stop=stop or (),
         symbols=symbols,
         stream=(lambda _, piece: _piece(piece)) if live else None,
+        **settings,
     )
     if form is Format.json:
         pairs = zip(prompts, results, strict=True)
@@ -122,17 +103,12 @@ def _piece(text: str) -> None:
 
 
 @app.command()
+@with_generation
 def chat(
     model: Model,
+    *,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Repetition = None,
-    presence_penalty: Presence = None,
-    frequency_penalty: Frequency = None,
+    settings: "Settings",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -148,24 +124,16 @@ def chat(
     from fathom.generate import Engine
     from fathom.generate.chat import Chat, talk, template_of
     from fathom.generate.chat_template import PLAIN_TEMPLATE
-    from fathom.generate.defaults import GenerationDefaults
+    from fathom.generate.defaults import check
 
-    line = GenerationDefaults(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-    )
-    line.check()
+    check(settings)
     built = _ready(model, device, dtype, seed)
     template = template_of(built)
     if template is PLAIN_TEMPLATE:
         typer.echo(f"{model} has no chat template: it sees plain turns, User: ... and", err=True)
         typer.echo("Assistant: ..., which it may not have been trained for", err=True)
     note = console.note
-    conversation = Chat(Engine(built, defaults=line), template, system=system, seed=seed, warn=note)
+    conversation = Chat(
+        Engine(built, defaults=settings), template, system=system, seed=seed, warn=note
+    )
     talk(conversation, console.line_reader("/help for help"), _piece, note)

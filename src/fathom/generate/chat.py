@@ -6,27 +6,17 @@ writes through functions it is given.
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from fathom.generate.chat_template import PLAIN_TEMPLATE, ChatTemplate, Message, read_chat_template
-from fathom.generate.defaults import GenerationDefaults
+from fathom.generate.defaults import NUMBERS, Settings, check, length, over
 from fathom.generate.engine import Engine, FinishReason, missing_tokenizer
 from fathom.generate.memory import Memory
 from fathom.layers.base import require
 from fathom.model import Decoder
 
 MAX_NEW_TOKENS = 512  # an answer is longer than what `generate` continues a text with
-SETTINGS = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "max_new_tokens": int,
-}
 BLOCK = '"""'
 HELP = """\
 /reset            forget the conversation, keep the system prompt
@@ -71,15 +61,13 @@ class Chat:
         self.engine, self.template, self.seed, self.warn = engine, template, seed, warn
         self.system = system
         self.messages: list[Message] = []  # without the system prompt
-        self.settings = GenerationDefaults()  # what was set in the conversation
+        self.settings = Settings()  # what was set in the conversation
         self.memory = Memory()
 
     @property
-    def effective(self) -> GenerationDefaults:
+    def effective(self) -> Settings:
         """What the next answer is generated with."""
-        return self.settings.over(self.engine.defaults).over(
-            GenerationDefaults(max_new_tokens=MAX_NEW_TOKENS)
-        )
+        return over(self.settings, self.engine.defaults, {"max_new_tokens": MAX_NEW_TOKENS})
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -91,15 +79,13 @@ class Chat:
         Raises:
             ValueError: no such setting, or a value that cannot be.
         """
-        require(
-            name in SETTINGS, f"no setting is called {name!r}: choose from {', '.join(SETTINGS)}"
-        )
+        require(name in NUMBERS, f"no setting is called {name!r}: choose from {', '.join(NUMBERS)}")
         try:
-            number = None if value.lower() == "none" else SETTINGS[name](value)
+            number = None if value.lower() == "none" else NUMBERS[name](value)
         except ValueError:
             raise ValueError(f"{name} must be a number, got {value!r}") from None
-        changed = replace(self.settings, **{name: number})
-        changed.check()
+        changed = over(cast(Settings, {**self.settings, name: number}))
+        check(changed)
         self.settings = changed
 
     def save(self, path: Path) -> None:
@@ -109,7 +95,7 @@ class Chat:
             ValueError: there is something already.
         """
         require(not path.exists(), f"{path} is there already: name another file")
-        data = {"messages": self._with_system(self.messages), "settings": self.effective.said()}
+        data = {"messages": self._with_system(self.messages), "settings": self.effective}
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def answer(self, text: str, stream: Callable[[str], None]) -> FinishReason | None:
@@ -132,9 +118,8 @@ class Chat:
             stream(piece)
 
         reason: FinishReason | None = None
-        settings = self.effective
-        request = {name: getattr(settings, name) for name in SETTINGS}
-        request["max_new_tokens"] = min(settings.length, room)
+        wanted = length(self.effective)
+        request = over({"max_new_tokens": min(wanted, room)}, self.effective)
         try:
             (result,) = self.engine.generate(
                 [prompt],
@@ -148,16 +133,16 @@ class Chat:
         except KeyboardInterrupt:
             pass
         self.messages = [*kept, {"role": "assistant", "content": "".join(pieces).strip()}]
-        if reason == "length" and room < settings.length:
+        if reason == "length" and room < wanted:
             self.warn("the context is full: the answer ends here")
         elif reason == "length":
-            self.warn(f"the answer was cut at {settings.length} tokens: /set max_new_tokens=N")
+            self.warn(f"the answer was cut at {wanted} tokens: /set max_new_tokens=N")
         return reason
 
     def _fitting(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
         """The newest messages that leave room for an answer, and their prompt."""
         context = self.engine.model.cfg.max_seq_len
-        reserved = min(self.effective.length, context // 4)
+        reserved = min(length(self.effective), context // 4)
         left_out = 0
         while len(prompt := self._prompt(messages[left_out:])) + reserved > context:
             if left_out + 2 >= len(messages):
@@ -248,8 +233,8 @@ def command(chat: Chat, text: str, note: Callable[[str], None]) -> None:
         chat.reset()
         note("a new conversation under that system prompt" if rest else "no system prompt")
     elif name == "/set" and not rest:
-        said = chat.effective.said()
-        note("\n".join(f"{each} = {said.get(each, 'none')}" for each in SETTINGS))
+        said = chat.effective
+        note("\n".join(f"{each} = {said.get(each, 'none')}" for each in NUMBERS))
     elif name == "/set":
         key, _, value = rest.partition("=")
         chat.set(key.strip(), value.strip())

@@ -6,9 +6,9 @@ position. What a row gets depends on its prompt, its place in the list and the s
 Shapes: B prompts, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from fathom.convert.run_folder import CheckpointError
 from fathom.data.corpus import BUNDLED
 from fathom.data.tokenizer import Tokenizer
-from fathom.generate.defaults import GenerationDefaults, read_defaults
+from fathom.generate.defaults import Settings, check, length, over, read_defaults, sampling
 from fathom.generate.memory import Memory
 from fathom.generate.sample import (
     Said,
@@ -106,7 +106,7 @@ def missing_tokenizer(model: Decoder) -> ValueError:
     )
 
 
-def defaults_of(model: Decoder) -> GenerationDefaults:
+def defaults_of(model: Decoder) -> Settings:
     """What the checkpoint says that a model was loaded from.
 
     Raises:
@@ -114,7 +114,7 @@ def defaults_of(model: Decoder) -> GenerationDefaults:
     """
     origin = getattr(model, "origin", None)
     if origin is None:
-        return GenerationDefaults()
+        return {}
     return read_defaults(origin.files, origin.config, "the checkpoint")
 
 
@@ -132,11 +132,11 @@ class Engine:
         self,
         model: Decoder,
         tokenizer: Tokenizer | None = None,
-        defaults: GenerationDefaults | None = None,
+        defaults: Settings | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer or tokenizer_of(model)
-        self.defaults = (defaults or GenerationDefaults()).over(defaults_of(model))
+        self.defaults = over(defaults or {}, defaults_of(model))
         if self.tokenizer is not None:
             known, made = self.tokenizer.vocab_size, model.cfg.vocab_size
             require(
@@ -149,30 +149,18 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        logit_bias: Mapping[int, float] | None = None,
         seed: int | Sequence[int] = 0,
         top_logprobs: int | None = None,
         stop: Sequence[str] = (),
         symbols: bool = False,
         stream: Callable[[int, str], None] | None = None,
         memory: Memory | None = None,
+        **request: Unpack[Settings],
     ) -> list[Generation]:
         """Continue each prompt, at most ``max_new_tokens`` tokens or to the end of its text.
 
         Args:
             prompts: texts (begun as the tokenizer begins one) or token ids (taken as they are).
-            max_new_tokens: None: the engine's default, at last 64.
-            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-                frequency_penalty, logit_bias: see :class:`Sampling`; None: the engine's default,
-                at last greedy.
             seed: one for all prompts, each of which draws on its own; or one for each prompt,
                 which then draws as it would alone.
             top_logprobs: give log-probabilities too, also of so many of the likeliest tokens.
@@ -180,39 +168,30 @@ class Engine:
             symbols: let the model write image ids too; else they are never chosen.
             stream: called with a prompt's place and each piece of its text, as soon as it is sure.
             memory: of a conversation: what it holds of the only prompt is not read again.
+            request: see :class:`Settings`; what is not said or None is the engine's default, at
+                last greedy and 64 tokens.
 
         Raises:
             ValueError: a prompt or setting that cannot be; the sentence says what is allowed.
             RuntimeError: the model's logits are not numbers.
         """
-        request = GenerationDefaults(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-        )
-        settings = request.over(self.defaults)
+        settings = over(request, self.defaults)
         generators = self._generators(seed, len(prompts))
-        settings.check()
-        how, length = settings.sampling(0), settings.length
+        check(settings)
+        how, longest = sampling(settings), length(settings)
         _check_top_logprobs(top_logprobs)
         rows = self._rows(prompts, stop)
         if not rows:
             return []
         starts_B = self._starts(rows)
-        cache = self._cache(rows, length, memory)
+        cache = self._cache(rows, longest, memory)
         eos_ids = self._eos_ids(settings)
         barred_V = self._barred(eos_ids, symbols=symbols)
         said = self._said(rows, how)
         logits_BV = self._prefill(rows, cache)
         if memory is not None:
             memory.ids = list(rows[0].prompt)
-        for left in reversed(range(length)):
+        for left in reversed(range(longest)):
             allowed_BV = adjusted(logits_BV, how, said).masked_fill(barred_V, -torch.inf)
             tokens_B = next_tokens(allowed_BV, how, generators)
             if top_logprobs is not None:
@@ -293,10 +272,10 @@ class Engine:
             for each, place in zip(seeds, places, strict=True)
         ]
 
-    def _eos_ids(self, settings: GenerationDefaults) -> Collection[int]:
+    def _eos_ids(self, settings: Settings) -> Collection[int]:
         """The ids that end a text: those the settings name, else the tokenizer's."""
-        if settings.eos_ids is not None:
-            return settings.eos_ids
+        if (said := settings.get("eos_ids")) is not None:
+            return said
         return () if self.tokenizer is None else (self.tokenizer.eos_id,)
 
     def _said(self, rows: list[Row], how: Sampling) -> Said | None:
