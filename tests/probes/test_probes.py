@@ -19,7 +19,7 @@ from fathom.layers.step import Step
 from fathom.model import Decoder, build_model
 from fathom.probes import PROBES, Context
 from fathom.probes.reach import find_accuracy, mirror
-from fathom.probes.retrieval import recall
+from fathom.probes.retrieval import needle, recall
 from fathom.probes.routing import divergence
 from fathom.probes.score import position_share, shuffled
 from fathom.probes.speed import mla_form
@@ -148,24 +148,35 @@ def test_without_rotation_no_place_can_be_pointed_at(dataset):
     assert record["accuracy"] == [1 / n for n in record["context"]]
 
 
+class Oracle(torch.nn.Module):
+    """Goes on as the text did where its last token stood before."""
+
+    embed = torch.nn.Embedding(1024, 1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*tokens.shape, 1024)
+        for row, ids in enumerate(tokens.tolist()):
+            logits[row, -1, ids[ids.index(ids[-1]) + 1]] = 1.0
+        return logits
+
+
 def test_a_model_that_copies_the_asked_value_recalls_everything():
-    class Oracle(torch.nn.Module):
-        embed = torch.nn.Embedding(100, 1)
-
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            logits = torch.zeros(*tokens.shape, 100)
-            for row, ids in enumerate(tokens.tolist()):
-                logits[row, -1, ids[ids.index(ids[-1]) + 1]] = 1.0
-            return logits
-
     generator = torch.Generator().manual_seed(0)
     assert recall(Oracle(), 8, torch.arange(100), generator, batch_size=32) == 1.0
+
+
+def test_a_model_that_copies_finds_every_needle_but_where_the_text_has_the_key_itself(dataset):
+    found = needle(Oracle(), dataset, 64, torch.Generator().manual_seed(0), CONTEXT)
+    assert found[0] == 1.0  # nothing stands before it
+    assert all(share > 0.85 for share in found)
 
 
 def test_a_random_model_recalls_at_chance(dataset):
     record = PROBES["retrieval"].run(model_of(mha()), dataset, CONTEXT)
     for accuracy, chance in zip(record["accuracy"], record["chance"], strict=True):
         assert abs(accuracy - chance) < 4 * math.sqrt(chance * (1 - chance) / 128)
+    for found in record["needle"]["by_length"]["accuracy"]:
+        assert abs(found - 1 / 16) < 4 * math.sqrt(15 / 16**2 / (32 * 5)) * 2  # texts are shared
     assert abs(record["repeat_bits_first"] - 10) < 0.2
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fathom.data import anchors as measured
@@ -110,13 +111,19 @@ def rate_facts(study: Study, swept: Mapping[str, Swept], rates: Mapping[str, flo
 
 def repeat_command(study: Study, out: Path) -> str:
     """What runs the same study again, or goes on with it."""
-    return f"fathom ladder {shlex.quote(_study_argument(study, out))} --out {shlex.quote(str(out))}"
+    name, *settings = _study_arguments(study, out)
+    return shlex.join(["fathom", "ladder", name, "--out", str(out), *settings])
 
 
-def _study_argument(study: Study, out: Path) -> str:
-    """The built-in study's name if this is it, unchanged; else the file in the folder."""
+def _study_arguments(study: Study, out: Path) -> list[str]:
+    """The built-in study's name if this is it, on other data perhaps; else the folder's file."""
+    source = study.data.get("source")
     try:
         built_in = load_study(study.name)
     except ConfigError:
-        return str(out / "study.toml")
-    return study.name if built_in == study else str(out / "study.toml")
+        return [str(out / "study.toml")]
+    if built_in == study:
+        return [study.name]
+    if replace(built_in, data={**built_in.data, "source": source}) == study:
+        return [study.name, f"data.source={source}"]
+    return [str(out / "study.toml")]

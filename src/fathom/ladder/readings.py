@@ -35,8 +35,9 @@ TITLES = {
     ),
     "retrieval": (
         "Retrieval from the context",
-        "Pairs of random tokens are shown, then one key: is its value the likeliest of those? And "
-        "how many bits does a passage cost when it is read for the first and the second time?",
+        "Pairs of random tokens are shown, then one key: is its value the likeliest of those? One "
+        "pair within text of some length, at some depth: is its value found among sixteen? And how "
+        "many bits does a passage cost when it is read for the first and the second time?",
     ),
     "facts": (
         "Facts stored",
