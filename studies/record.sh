@@ -16,7 +16,8 @@ mkdir -p "$out" "$folder"
 record() { # GPU "STUDY=SECONDS ..."
     for timed in $2; do
         study=${timed%=*}
-        minutes=$(awk "BEGIN {s = ${timed#*=} - $(date +%s) + $begun; print (s > 0 ? s / 60 : 0)}")
+        left=$((${timed#*=} - $(date +%s) + begun))
+        minutes=$((left > 0 ? left / 60 : 0)).$((left > 0 ? left % 60 / 6 : 0))
         CUDA_VISIBLE_DEVICES=$1 "${PYTHON:-python3}" -m fathom ladder "$study" --minutes "$minutes" \
             --out "$folder/$study" --jobs "${JOBS:-5}" "data.source=$data" ${SETTINGS:-}
         tar -C "$folder" --exclude=checkpoints --exclude=.lock -czf "$out/$study.tar.gz" "$study"

@@ -143,3 +143,9 @@ def test_differences_show_a_rate_that_was_tuned_and_flag_one_that_was_not(make_s
         assert ("train.lr", mark) in [(d.key, d.mark) for d in found["mqa"]]
         assert "train.lr" not in [d.key for d in found["moe"]]
         assert found["mha"] == []
+
+
+def test_no_arm_skips_a_step_unless_the_study_says_so(make_study):
+    assert {p.config.train.spike_sigmas for p in plan(make_study())} == {0}
+    guarded = plan(make_study("train.spike_sigmas=6"))
+    assert {p.config.train.spike_sigmas for p in guarded} == {6}

@@ -135,7 +135,8 @@ def _root(study: Study, arm: Arm) -> RunConfig:
     if "preset" not in model:
         model.setdefault("vocab_size", open_dataset(data_config).vocab_size)
     steps = max(int(study.train.get("warmup_steps", 0)), 1)  # until the budget is known
-    data = {"model": model, "data": study.data, "train": {**study.train, "steps": steps}}
+    train = {"spike_sigmas": 0.0, **study.train, "steps": steps}  # every arm takes every step
+    data = {"model": model, "data": study.data, "train": train}
     return read_run_config(data, arm.change)
 
 

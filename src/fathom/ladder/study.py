@@ -4,7 +4,8 @@ A study is a TOML file. Its keys:
 
 - ``name``, ``title``, ``question``: what is asked, for the report.
 - ``[model]``, ``[data]``, ``[train]``: the first arm's run config, the keys of ``fathom train``
-  (``train.steps`` and ``train.seed`` excepted: the budget and the seeds give them).
+  (``train.steps`` and ``train.seed`` excepted: the budget and the seeds give them). No step is
+  skipped as a spike unless ``train.spike_sigmas`` says so: arms would see unequal text.
 - ``seeds``: every arm is trained once with each; three or more for a verdict.
 - ``margin``: two arms whose interval lies within this many bits per byte are the ``same``.
 - ``probes``: names of ``fathom.probes`` applied to each trained arm (its first seed).
