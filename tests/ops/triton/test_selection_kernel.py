@@ -92,14 +92,16 @@ def test_entries_of_a_cache_that_has_room_for_more_are_read_where_they_stand():
 
 def test_the_kernels_fit_a_hopper_without_spilling():
     nsa = {"H": 64, "G": 4, "R": 16, "RP": 16, "Q": 128, "QP": 128, "N": 16, "NP": 16, "BLOCK": 64}
-    cut = {"INITIAL": 1, "LOCAL": 2, "ENTRIES": 64, "ROWS": 128, "KNOWN": False}
+    sizes = kernels.BY_IMPORTANCE.options("ENTRIES")
+    launch = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+    cut = {"INITIAL": 1, "LOCAL": 2, "KNOWN": False} | sizes
     paper = cut | {"BEFORE": 2, "LENGTH": 4, "J": 15, "JP": 16, "TILES": 32}
     plain = cut | {"BEFORE": 1, "LENGTH": 1, "J": 64, "JP": 64, "TILES": 8, "KNOWN": True}
     moba = nsa | {"G": 64, "R": 1, "RP": 1, "N": 8, "NP": 8, "ENTRIES": 64, "ROWS": 64}
     module = "fathom.ops.triton.selection"
     for built in build(
-        Source(f"{module}:_by_importance", TYPES | nsa | paper, {"num_warps": 8, "num_stages": 2}),
-        Source(f"{module}:_by_importance", TYPES | nsa | plain, {"num_warps": 8, "num_stages": 2}),
+        Source(f"{module}:_by_importance", TYPES | nsa | paper, launch),
+        Source(f"{module}:_by_importance", TYPES | nsa | plain, launch),
         Source(f"{module}:_by_mean", TYPES | moba, {"num_warps": 4, "num_stages": 2}),
     ):
         assert built.spilled == 0, built

@@ -39,7 +39,9 @@ from fathom.ops.triton.softmax import (
 
 FEW_HEADS = 8  # below this many heads per selection, rows are gathered by block ...
 FEW_QUERIES = 8  # ... unless there are no more queries than this, of which no block has many
-CHUNK_ROWS = 65_536  # rows of a chunk of a list, for the gradients of keys and values
+CHUNK_ROWS = 65_536  # rows of a chunk of a list at most, for the gradients of keys and values
+CHUNKS_EACH = 4  # chunks that a program gets at least: the longest must not make the others wait
+MIN_CHUNK = 256  # entries
 MERGED = 16  # rows that a program merges
 
 TILES = {  # bf16 and float16, widths up to 128; measured on an H100 at a width of 128
@@ -399,6 +401,13 @@ def programs(device: torch.device, each: int) -> int:
     return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def chunk_length(entries: int, heads: int, workers: int) -> int:
+    """Entries of a chunk: a power of two, of which kernels that add up chunks are compiled."""
+    most = max(CHUNK_ROWS // heads, 1)
+    fair = entries // (CHUNKS_EACH * workers)
+    return min(most, max(1 << fair.bit_length() >> 1, min(MIN_CHUNK, most)))
+
+
 def tile(kernel: str, shape: Shape, dtype: torch.dtype) -> Tile:
     """The tile of a kernel for a call."""
     large = max(shape.width, shape.values) > 128 or dtype == torch.float32
@@ -476,7 +485,7 @@ def backward(
     )
     constants, scale_2 = shape.constants(), scale * LOG2_E
     cut, heads = tile("dkv_by_block", shape, q.dtype), triton.next_power_of_2(shape.rows)
-    length = CHUNK_ROWS // heads
+    length = chunk_length(starts.numel(), heads, programs(q.device, 2))
     pieces = chunks(made, length, shape.length * shape.pairs // shape.groups)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)  # of keys that nobody selected
     part_dk = k.new_empty(pieces.n_parts, block_size, shape.width, dtype=torch.float32)

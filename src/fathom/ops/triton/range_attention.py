@@ -34,8 +34,8 @@ from fathom.ops.triton.softmax import (
 
 TILES = {  # bf16 and float16, widths up to 128; measured on an H100 at a width of 128
     "forward": Tile(64, 64, 4, 3),
-    "dq": Tile(64, 64, 4, 2),
-    "dkv": Tile(64, 64, 4, 2),
+    "dq": Tile(32, 64, 4, 3),
+    "dkv": Tile(128, 32, 8, 3),
 }
 LARGE = {  # widths above 128, and float32
     "forward": Tile(32, 64, 4, 2),
@@ -58,32 +58,13 @@ def _queries(tile, end, b, g, T, H: tl.constexpr, R: tl.constexpr, RP: tl.conste
 
 
 @triton.jit
-def _bounds(lows, highs, bt, there, S, KEYS: tl.constexpr):
-    """A row's bounds, the range of keys that a tile reads, and how it is cut into tiles of keys:
-    their number, and the first and the end of those that every row sees whole."""
+def _bounds(lows, highs, bt, there, S):
+    """A row's bounds, and the range of keys that a tile reads."""
     low, high = tl.load(lows + bt), tl.load(highs + bt)
     seen = there & (low < high)
     first = tl.min(tl.where(seen, low, S))
     last = tl.max(tl.where(seen, high, 0))
-    all_first, all_last = tl.max(tl.where(there, low, 0)), tl.min(tl.where(there, high, S))
-    tiles, whole, end = _whole(first, last, all_first, all_last, KEYS)
-    return low, high, first, last, tiles, whole, end
-
-
-@triton.jit
-def _whole(first, last, all_first, all_last, SIZE: tl.constexpr):
-    """Tiles of ``[first, last)``: their number, and the first and the end of those that lie in
-    ``[all_first, all_last)``."""
-    tiles = tl.cdiv(tl.maximum(last - first, 0), SIZE)
-    whole = tl.minimum(tl.cdiv(tl.maximum(all_first - first, 0), SIZE), tiles)
-    end = tl.minimum(tl.maximum((all_last - first) // SIZE, whole), tiles)
-    return tiles, whole, end
-
-
-@triton.jit
-def _edge(x, whole, end):
-    """The x-th of the tiles that are not whole."""
-    return tl.where(x < whole, x, x + end - whole)
+    return low, high, first, last
 
 
 @triton.jit
@@ -97,24 +78,18 @@ def _forward(
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // RP)
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
     bt, row, there = _queries(tile, T, b, g, T, H, R, RP, ROWS)
-    low, high, first, last, tiles, whole, end = _bounds(lows, highs, bt, there, S, KEYS)
+    low, high, first, last = _bounds(lows, highs, bt, there, S)
     q_XQ = load_rows(q, row, Q, QP)
     head = b.to(tl.int64) * room * G + g
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VP], tl.float32)
-    for x in range(whole, end):
-        at = head + (first + x * KEYS + tl.arange(0, KEYS)) * G
-        v_KV = load_rows(v, at, V, VP)
-        scores = tl.dot(q_XQ, tl.trans(load_rows(k, at, Q, QP)), input_precision="ieee") * scale
-        weights, top, total, shrink = online_softmax(scores, top, total)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(v_KV.dtype), v_KV, acc, input_precision="ieee")
-    for x in range(tiles - (end - whole)):
-        keys = first + _edge(x, whole, end) * KEYS + tl.arange(0, KEYS)
+    for start in range(first, last, KEYS):
+        keys = start + tl.arange(0, KEYS)
         at = head + tl.minimum(keys, last - 1) * G
+        k_KQ = load_rows(k, at, Q, QP)
         v_KV = load_rows(v, at, V, VP)
-        scores = tl.dot(q_XQ, tl.trans(load_rows(k, at, Q, QP)), input_precision="ieee") * scale
+        scores = tl.dot(q_XQ, tl.trans(k_KQ), input_precision="ieee") * scale
         seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         weights, top, total, shrink = online_softmax(scores, top, total)
@@ -136,7 +111,7 @@ def _dq(
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // RP)
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
     bt, row, there = _queries(tile, T, b, g, T, H, R, RP, ROWS)
-    low, high, first, last, tiles, whole, end = _bounds(lows, highs, bt, there, S, KEYS)
+    low, high, first, last = _bounds(lows, highs, bt, there, S)
     dout_XV = load_rows(dout, row, V, VP)
     delta_X = tl.sum(load_rows(out, row, V, VP).to(tl.float32) * dout_XV, 1)
     tl.store(delta + row, delta_X, mask=there)
@@ -144,17 +119,8 @@ def _dq(
     lse_X = tl.load(lse + row)
     head = b.to(tl.int64) * S * G + g
     acc = tl.zeros([ROWS, QP], tl.float32)
-    for x in range(whole, end):
-        at = head + (first + x * KEYS + tl.arange(0, KEYS)) * G
-        k_KQ = load_rows(k, at, Q, QP)
-        scores = tl.dot(q_XQ, tl.trans(k_KQ), input_precision="ieee") * scale
-        weights = tl.exp2(scores - lse_X[:, None])
-        v_KV = load_rows(v, at, V, VP)
-        dweights = tl.dot(dout_XV, tl.trans(v_KV), input_precision="ieee")
-        dscores = weights * (dweights - delta_X[:, None])
-        acc = tl.dot(dscores.to(k_KQ.dtype), k_KQ, acc, input_precision="ieee")
-    for x in range(tiles - (end - whole)):
-        keys = first + _edge(x, whole, end) * KEYS + tl.arange(0, KEYS)
+    for start in range(first, last, KEYS):
+        keys = start + tl.arange(0, KEYS)
         at = head + tl.minimum(keys, last - 1) * G
         k_KQ = load_rows(k, at, Q, QP)
         v_KV = load_rows(v, at, V, VP)
@@ -169,16 +135,12 @@ def _dq(
 
 @triton.jit
 def _dkv(
-    q, k, v, lows, highs, ranges, dout, lse, delta, dk, dv, T, S, scale, back_scale,
+    q, k, v, lows, highs, firsts, lasts, dout, lse, delta, dk, dv, T, S, scale, back_scale,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, QP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A share of the queries that see one tile of keys; ``dk`` and ``dv`` have a row per share.
-
-    ``ranges``: of each tile the first query that sees some of its keys and the end of these
-    queries, then of those that see all of them.
-    """
+    """A share of the queries that see one tile of keys; ``dk`` and ``dv`` have a row per share."""
     tile, share = tl.program_id(0), tl.program_id(1)
     b, g = tl.program_id(2) // G, tl.program_id(2) % G
     keys = tile * KEYS + tl.arange(0, KEYS)
@@ -186,30 +148,15 @@ def _dkv(
     at = b.to(tl.int64) * S * G + g + tl.minimum(keys, S - 1) * G
     k_KQ = load_rows(k, at, Q, QP)
     v_KV = load_rows(v, at, V, VP)
-    ranges += (b * tl.num_programs(0) + tile) * 4
-    first, last = tl.load(ranges), tl.load(ranges + 1)
+    first = tl.load(firsts + b * tl.num_programs(0) + tile)
+    last = tl.load(lasts + b * tl.num_programs(0) + tile)
     step: tl.constexpr = ROWS // RP
     length = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), step), tl.num_programs(1)) * step
     first += share * length
     last = tl.minimum(first + length, last)
-    all_last = tl.minimum(tl.load(ranges + 3), last)
-    tiles, whole, end = _whole(first, last, tl.load(ranges + 2), all_last, step)
     dk_KQ = tl.zeros([KEYS, QP], tl.float32)
     dv_KV = tl.zeros([KEYS, VP], tl.float32)
-    for x in tl.range(whole, end, disable_licm=True):
-        _, row, there = _queries(first + x * step, last, b, g, T, H, R, RP, ROWS)
-        q_XQ = load_rows(q, row, Q, QP)
-        dout_XV = load_rows(dout, row, V, VP)
-        lse_X = tl.load(lse + row, mask=there, other=float("inf"))
-        delta_X = tl.load(delta + row)
-        scores = tl.dot(k_KQ, tl.trans(q_XQ), input_precision="ieee") * scale
-        weights = tl.exp2(scores - lse_X[None, :])
-        dv_KV = tl.dot(weights.to(dout_XV.dtype), dout_XV, dv_KV, input_precision="ieee")
-        dweights = tl.dot(v_KV, tl.trans(dout_XV), input_precision="ieee")
-        dscores = weights * (dweights - delta_X[None, :])
-        dk_KQ = tl.dot(dscores.to(q_XQ.dtype), q_XQ, dk_KQ, input_precision="ieee")
-    for x in tl.range(tiles - (end - whole), disable_licm=True):
-        query = first + _edge(x, whole, end) * step
+    for query in tl.range(first, last, step, disable_licm=True):
         bt, row, there = _queries(query, last, b, g, T, H, R, RP, ROWS)
         q_XQ = load_rows(q, row, Q, QP)
         dout_XV = load_rows(dout, row, V, VP)
@@ -238,20 +185,6 @@ def tile(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tile:
 def constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """What every kernel is specialised for, by the names of its arguments."""
     return group_sizes(q, k) | {"V": v.shape[3], "VP": padded(v.shape[3])}
-
-
-def queries_of_tiles(lows: Tensor, highs: Tensor, n_keys: int, size: int) -> Tensor:
-    """``ranges [B, tiles, 4]`` of ``_dkv``: four binary searches, since no bound falls."""
-    begins = torch.arange(0, n_keys, size, device=lows.device, dtype=torch.int32)
-    begins = begins.expand(len(lows), -1).contiguous()
-    ends = (begins + size).clamp(max=n_keys)
-    ranges = [
-        torch.searchsorted(highs, begins, right=True, out_int32=True),
-        torch.searchsorted(lows, ends, out_int32=True),
-        torch.searchsorted(highs, ends, out_int32=True),
-        torch.searchsorted(lows, begins, right=True, out_int32=True),
-    ]
-    return torch.stack(ranges, dim=-1)
 
 
 def forward(
@@ -287,14 +220,17 @@ def backward(
         **fixed, **cut.options(),
     )  # fmt: skip
     cut = tile("dkv", q, k, v)
-    ranges = queries_of_tiles(lows, highs, n_keys, cut.keys)
-    programs = ranges.shape[1] * batch * groups
+    begins = torch.arange(0, n_keys, cut.keys, device=k.device, dtype=torch.int32)
+    begins = begins.expand(batch, -1).contiguous()
+    firsts = torch.searchsorted(highs, begins, right=True, out_int32=True)
+    lasts = torch.searchsorted(lows, begins + cut.keys, out_int32=True)
+    programs = begins.numel() * groups
     shares = min(triton.cdiv(ENOUGH_PROGRAMS, programs), MAX_SPLITS)
     dtype = k.dtype if shares == 1 else torch.float32
     dk = k.new_empty(shares, *k.shape, dtype=dtype)
     dv = v.new_empty(shares, *v.shape, dtype=dtype)
-    _dkv[(ranges.shape[1], shares, batch * groups)](
-        q, k, v, lows, highs, ranges, dout, lse, delta, dk, dv, length, n_keys,
+    _dkv[(begins.shape[1], shares, batch * groups)](
+        q, k, v, lows, highs, firsts, lasts, dout, lse, delta, dk, dv, length, n_keys,
         scale * LOG2_E, scale, **fixed, **cut.options(),
     )  # fmt: skip
     if shares == 1:

@@ -27,7 +27,7 @@ from fathom.ops.triton.softmax import (
 )
 
 BY_MEAN = Tile(64, 64, 4, 2)  # its keys are the entries
-BY_IMPORTANCE = Tile(64, 128, 8, 2)
+BY_IMPORTANCE = Tile(64, 64, 4, 3)
 LARGE = Tile(64, 64, 8, 2)  # float32
 KEPT = 512  # blocks whose importance is kept before the best of them are merged
 
