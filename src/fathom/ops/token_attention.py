@@ -33,8 +33,8 @@ def triton_refusal(device: str, dtype: torch.dtype, *tensors: Tensor) -> str:
 
 def _shape_refusal(k_BSF: Tensor, v_BSC: Tensor) -> str:
     widths = v_BSC.shape[-1], k_BSF.shape[-1] - v_BSC.shape[-1]
-    if widths[0] < 32 or widths[1] < 16 or any(width & (width - 1) for width in widths):
-        return f"it needs a latent of 32, 64, ... channels, 16, 32, ... rotated ones, got {widths}"
+    if any(width < 16 or width & (width - 1) for width in widths):
+        return f"it needs a latent and a rotated part of 16, 32, 64, ... channels, got {widths}"
     if (numbers := (k_BSF if k_BSF.requires_grad else k_BSF[:1]).numel()) >= MAX_NUMBERS:
         return f"it needs keys of fewer than 2**31 numbers, got {numbers}"
     return ""

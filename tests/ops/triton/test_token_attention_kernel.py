@@ -12,8 +12,8 @@ from ops.hopper import SHARED_LIMIT, Source, build
 
 SHAPES = {  # B, T, S, H, C, R, N
     "few-heads": (2, 5, 9, 3, 32, 16, 4),
-    "more-heads-than-a-tile": (1, 4, 70, 20, 32, 16, 67),
-    "one-token": (1, 3, 3, 16, 32, 32, 1),
+    "more-heads-than-a-tile": (1, 4, 70, 20, 16, 16, 67),
+    "one-token": (1, 3, 3, 16, 16, 32, 1),
 }
 
 
@@ -100,7 +100,7 @@ def test_torch_sees_the_op_as_it_is():
 
 @pytest.mark.parametrize(
     ("width", "value_dim", "words"),
-    [(48, 32, ""), (40, 32, "32, 64, ..."), (72, 24, "32, 64, ...")],
+    [(48, 32, ""), (40, 32, "16, 32, 64"), (72, 24, "16, 32, 64")],
     ids=["fits", "narrow-rope", "odd-latent"],
 )
 def test_the_kernel_says_what_it_needs(width, value_dim, words):
@@ -145,8 +145,8 @@ def test_they_compile_for_hopper_without_spilling():
     names = [(name, heads) for name in ("forward", "slopes", "dq") for heads in (16, 128)]
     built = build(*(source(*each) for each in names), source("add_lists", 128))
     for kernel in built:
-        # A few addresses wait on the stack, and of few heads (no wgmma) some of their rows.
-        assert kernel.spilled <= (128 if kernel.wgmma else 256), kernel
+        # A few addresses wait on the stack, and of few heads (no wgmma) some rows of the slopes.
+        assert kernel.spilled <= (64 if kernel.wgmma else 256), kernel
         assert kernel.shared <= SHARED_LIMIT, kernel
     assert all(
         kernel.wgmma for kernel, (_, heads) in zip(built, names, strict=False) if heads == 128

@@ -107,7 +107,7 @@ def _mass(
     tokens = tl.load(selected + some)
     tokens_after = tl.load(selected + TOKENS + some, mask=TOKENS + some < n_selected, other=-1)
     latent, rope = _rows(k, tokens, C, R)
-    # The next tile's latents come through registers: see ``token_attention._forward``.
+    # The next tile's latents come through registers: see ``token_attention._slopes``.
     for start in tl.range(0, n_selected, TOKENS, num_stages=1, disable_licm=True):
         ahead = start + 2 * TOKENS + some
         latent_after, rope_after = _rows(k, tokens_after, C, R)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fathom.ops.triton.softmax import LOG2_E, Tile, key_rows, online_softmax
+from fathom.ops.triton.softmax import LOG2_E, Tile, finish_softmax, key_rows, online_softmax
 
 ENTRIES = 16  # of a list, that a program reads at a time
 CHUNK_BYTES = 2**31  # of one chunk's shares of the keys' gradients
@@ -71,13 +71,6 @@ def _scores(q_latent, q_rope, latent, rope, tokens, scale_log2):
 
 
 @triton.jit
-def _part(k, tokens, first: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr):
-    """``COLUMNS`` channels, from ``first``, of some tokens' rows of W; zeros for -1."""
-    at = k + first + tokens[:, None] * W + tl.arange(0, COLUMNS)[None, :]
-    return tl.load(at, mask=(tokens >= 0)[:, None], other=0.0)
-
-
-@triton.jit
 def _forward(
     q,
     k,
@@ -94,51 +87,29 @@ def _forward(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """``out [M, H, C]`` and the log-sum-exp in base 2, ``[M, H]`` (+inf where nothing is seen).
-
-    A tile's latents come in halves through registers: while one half is multiplied, the other is on
-    its way. Two whole tiles in shared memory would leave no room for a query's heads, and Triton
-    starts an indirect copy only after the products of the tile before.
-    """
-    A: tl.constexpr = C // 2
-    W: tl.constexpr = C + R
+    """``out [M, H, C]`` and the log-sum-exp in base 2, ``[M, H]`` (+inf where nothing is seen)."""
     tiles: tl.constexpr = tl.cdiv(H, HEADS)
     query = (tl.program_id(0) // tiles).to(tl.int64)
     heads = (tl.program_id(0) % tiles) * HEADS + tl.arange(0, HEADS)
-    q += query * (H * W)
-    q_a = _heads(q, heads, H, HEADS, W, A)
-    q_b = _heads(q + A, heads, H, HEADS, W, A)
-    q_rope = _heads(q + C, heads, H, HEADS, W, R)
-    k += query // T * room * W
+    q += query * (H * (C + R))
+    q_latent = _heads(q, heads, H, HEADS, C + R, C)
+    q_rope = _heads(q + C, heads, H, HEADS, C + R, R)
+    k += query // T * room * (C + R)
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    acc_a = tl.zeros([HEADS, A], tl.float32)
-    acc_b = tl.zeros([HEADS, A], tl.float32)
-    slots = tl.arange(0, TOKENS)
-    selected += query * n_selected
-    tokens = tl.load(selected + slots)
-    k_a, rope = _part(k, tokens, 0, W, A), _part(k, tokens, C, W, R)
+    acc = tl.zeros([HEADS, C], tl.float32)
     # Hoisted out of the loop, the addresses of q's parts would fill the registers.
-    for start in tl.range(0, n_selected, TOKENS, num_stages=1, disable_licm=True):
-        k_b = _part(k, tokens, A, W, A)
-        after = start + TOKENS + slots
-        tokens_after = tl.load(selected + after, mask=after < n_selected, other=-1)
-        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-        scores = tl.dot(q_a, tl.trans(k_a), scores, input_precision="ieee")
-        scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee") * scale_log2
-        scores = tl.where((tokens >= 0)[None, :], scores, float("-inf"))
-        k_a_after, rope = _part(k, tokens_after, 0, W, A), _part(k, tokens_after, C, W, R)
+    for start in tl.range(0, n_selected, TOKENS, disable_licm=True):
+        slots = start + tl.arange(0, TOKENS)
+        tokens = tl.load(selected + query * n_selected + slots)
+        latent, rope = _rows(k, tokens, C, R)
+        scores = _scores(q_latent, q_rope, latent, rope, tokens, scale_log2)
         weights, top, total, shrink = online_softmax(scores, top, total)
-        weights = weights.to(k_a.dtype)
-        acc_a = tl.dot(weights, k_a, acc_a * shrink[:, None], input_precision="ieee")
-        acc_b = tl.dot(weights, k_b, acc_b * shrink[:, None], input_precision="ieee")
-        tokens, k_a = tokens_after, k_a_after
-    seen = total > 0
-    divisor = tl.where(seen, total, 1.0)[:, None]
-    out += query * (H * C)
-    _store_heads(out, acc_a / divisor, heads, H, HEADS, C, A)
-    _store_heads(out + A, acc_b / divisor, heads, H, HEADS, C, A)
-    log = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
+        acc = tl.dot(
+            weights.to(latent.dtype), latent, acc * shrink[:, None], input_precision="ieee"
+        )
+    acc, log = finish_softmax(acc, top, total)
+    _store_heads(out + query * (H * C), acc, heads, H, HEADS, C, C)
     _store_heads(lse + query * H, log[:, None], heads, H, HEADS, 1, 1)
 
 
@@ -162,7 +133,8 @@ def _slopes(
 ):
     """``slopes [M, 2 H, N]``: the weights P, then the gradients dS of the scores.
 
-    The next tile's latents come through registers, as in ``_forward``: here a whole tile fits.
+    The next tile's latents come through registers: Triton starts an indirect copy only after the
+    products of the tile before, and two tiles would not fit beside the heads of q and dout.
     """
     tiles: tl.constexpr = tl.cdiv(H, HEADS)
     query = (tl.program_id(0) // tiles).to(tl.int64)
@@ -208,33 +180,23 @@ def _dq(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """``dq = dS k``; latents come in halves, as in ``_forward``."""
-    A: tl.constexpr = C // 2
-    W: tl.constexpr = C + R
+    """``dq = dS k``."""
     tiles: tl.constexpr = tl.cdiv(H, HEADS)
     query = (tl.program_id(0) // tiles).to(tl.int64)
     heads = (tl.program_id(0) % tiles) * HEADS + tl.arange(0, HEADS)
     dscores_at = slopes + (query * 2 + 1) * (H * n_selected) + heads[:, None] * n_selected
-    acc_a = tl.zeros([HEADS, A], tl.float32)
-    acc_b = tl.zeros([HEADS, A], tl.float32)
-    acc_rope = tl.zeros([HEADS, R], tl.float32)
-    selected += query * n_selected
-    some = tl.arange(0, TOKENS)
-    tokens = tl.load(selected + some)
-    k_a, rope = _part(k, tokens, 0, W, A), _part(k, tokens, C, W, R)
-    for start in tl.range(0, n_selected, TOKENS, num_stages=1, disable_licm=True):
-        k_b = _part(k, tokens, A, W, A)
-        slots, after = start + some, start + TOKENS + some
-        tokens = tl.load(selected + after, mask=after < n_selected, other=-1)
+    acc = tl.zeros([HEADS, C], tl.float32)
+    rope_acc = tl.zeros([HEADS, R], tl.float32)
+    for start in tl.range(0, n_selected, TOKENS, disable_licm=True):
+        slots = start + tl.arange(0, TOKENS)
+        tokens = tl.load(selected + query * n_selected + slots)
+        latent, rope = _rows(k, tokens, C, R)
         dscores = tl.load(dscores_at + slots[None, :], mask=(heads < H)[:, None], other=0.0)
-        acc_rope = tl.dot(dscores, rope, acc_rope, input_precision="ieee")
-        acc_a = tl.dot(dscores, k_a, acc_a, input_precision="ieee")
-        k_a, rope = _part(k, tokens, 0, W, A), _part(k, tokens, C, W, R)
-        acc_b = tl.dot(dscores, k_b, acc_b, input_precision="ieee")
-    dq += query * (H * W)
-    _store_heads(dq, acc_a, heads, H, HEADS, W, A)
-    _store_heads(dq + A, acc_b, heads, H, HEADS, W, A)
-    _store_heads(dq + C, acc_rope, heads, H, HEADS, W, R)
+        acc = tl.dot(dscores, latent, acc, input_precision="ieee")
+        rope_acc = tl.dot(dscores, rope, rope_acc, input_precision="ieee")
+    dq += query * (H * (C + R))
+    _store_heads(dq, acc, heads, H, HEADS, C + R, C)
+    _store_heads(dq + C, rope_acc, heads, H, HEADS, C + R, R)
 
 
 @triton.jit
@@ -261,9 +223,9 @@ def _add_lists(shares, order, ends, dk, C: tl.constexpr, R: tl.constexpr, ENTRIE
 
 NAMES = ("TOKENS", "HEADS")  # of a tile's keys and rows
 TILES = {  # by what fits in Hopper's registers and shared memory at C = 512, R = 64
-    "forward": Tile(64, 64, 8, 1),
+    "forward": Tile(64, 64, 8, 3),
     "slopes": Tile(64, 64, 8, 1),
-    "dq": Tile(64, 64, 8, 1),
+    "dq": Tile(64, 64, 8, 3),
 }
 SMALL = Tile(16, 16, 4, 1)  # few heads, or float32
 
