@@ -8,10 +8,10 @@ Without GPUs ``--cases tiny-deepseek --eager`` shows that it runs.
 Weak scaling keeps the rows per GPU, strong scaling (``--strong``) the rows in all; the peer ``one
 GPU`` takes the step alone in the same run, times the number of GPUs. Blocks are compiled, as
 ``train.compile`` does, unless ``--eager``; pure bf16, AdamW and clipping as in training. One step
-of each layout is profiled: the share of its time in which the GPU idles, in which it sends tokens,
-and of that the part in which nothing else runs. The exchange's bandwidth stands beside that of an
-all-to-all of large equal parts. ``--torchtitan`` sets torchtitan (``torchtitan_peer.py``), blocks
-sharded by FSDP2 as its own trainer shards them, beside our layout of that name; without clipping.
+of each layout is profiled: the share of its time in which the GPU idles, in which it sends anything
+or tokens, and of these the parts in which nothing else runs. The exchange's bandwidth stands beside
+that of an all-to-all of large equal parts. ``--torchtitan`` sets torchtitan, blocks sharded by
+FSDP2 as its own trainer shards them, beside our layout of that name; without clipping.
 """
 
 import argparse
@@ -135,21 +135,27 @@ def ours(case: str, rows: int, layout: Layout, *, compiled: bool) -> dict[str, f
 
 
 def shares_of(step: Callable[[], None], ms: float) -> dict[str, float]:
-    """Of a step of ``ms``: nothing runs, tokens travel, only tokens travel; and ``us`` of them."""
+    """Of a step of ``ms``: shares in which nothing runs, in which NCCL does, or it alone.
+
+    ``exchange_share`` and ``exposed_share`` are the same of the tokens that travel, ``us`` their
+    time in microseconds.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
     kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    sends = [(e.time_range.start, e.time_range.end) for e in kernels if EXCHANGE in e.name]
-    other = [(e.time_range.start, e.time_range.end) for e in kernels if "nccl" not in e.name]
-    busy = covered((e.time_range.start, e.time_range.end) for e in kernels)
-    sending = covered(sends)
-    exposed = covered([*sends, *other]) - covered(other)
+    spans = [(e.name, (e.time_range.start, e.time_range.end)) for e in kernels]
+    wire = [span for name, span in spans if "nccl" in name]
+    sends = [span for name, span in spans if EXCHANGE in name]
+    other = [span for name, span in spans if "nccl" not in name]
+    computing = covered(other)
     return {
-        "idle_share": max(1 - busy / 1e3 / ms, 0.0),
-        "exchange_share": sending / 1e3 / ms,
-        "exposed_share": exposed / 1e3 / ms,
-        "us": sending,
+        "idle_share": max(1 - covered([*wire, *other]) / 1e3 / ms, 0.0),
+        "wire_share": covered(wire) / 1e3 / ms,
+        "wire_alone_share": (covered([*wire, *other]) - computing) / 1e3 / ms,
+        "exchange_share": covered(sends) / 1e3 / ms,
+        "exposed_share": (covered([*sends, *other]) - computing) / 1e3 / ms,
+        "us": covered(sends),
     }
 
 
@@ -187,7 +193,8 @@ def weak(
         row(f"{of}-weak", "peak_memory", "GB", found["gb"], gb, higher_is_better=False),
     ]
     exchanged = ("exchange_share", "exposed_share") if layout.cfg.ep > 1 else ()
-    for key in ("idle_share", *exchanged) if "us" in found else ():
+    always = ("idle_share", "wire_share", "wire_alone_share")
+    for key in (*always, *exchanged) if "us" in found else ():
         rows.append(row(of, key, "share of step", found[key], {}))
     if exchanged and found.get("us"):
         sent = parallel_size(shape(case), layout.cfg, n_tokens=per_gpu * length)["wire"]["exchange"]
