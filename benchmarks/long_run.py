@@ -5,7 +5,7 @@
 Arithmetic in another order parts two runs of the same seed after some steps, as another seed parts
 them at once; the question is whether the first is within the second. Runs of one process, one per
 seed, are spread over the GPUs; then each layout takes all of them, with seed 0. The model is the
-``deepseek-20m`` preset (64 experts, MLA, MTP) in bf16_autocast; figures are held-out bits per byte.
+``tiny-deepseek`` preset (MLA, MoE, MTP) in bf16_autocast; figures are held-out bits per byte.
 Without GPUs two processes show that it runs.
 """
 
@@ -37,9 +37,9 @@ def start(
     vocab = json.loads((data / "meta.json").read_text())["vocab_size"]
     config = out.with_suffix(".toml")
     config.write_text(
-        f'[model]\npreset = "deepseek-20m"\nvocab_size = {vocab}\n'
-        f'[data]\nsource = "{data}"\nseq_len = 1024\n'
-        f"[train]\nsteps = {steps}\nseed = {seed}\ntokens_per_step = 32768\nlr = 2e-3\n"
+        f'[model]\npreset = "tiny-deepseek"\nvocab_size = {vocab}\n'
+        f'[data]\nsource = "{data}"\nseq_len = 512\n'
+        f"[train]\nsteps = {steps}\nseed = {seed}\ntokens_per_step = 16384\nlr = 2e-3\n"
         f'warmup_steps = {steps // 10}\ndtype = "bf16_autocast"\nsave_every = {steps}\n'
         f"eval_every = {steps}\neval_bytes = 262144\n"
     )
