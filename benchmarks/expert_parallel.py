@@ -245,7 +245,8 @@ def main() -> None:
             if whole.leads:
                 write("expert_parallel", rows, machine, gpus=world, **how)
 
-        found = {n: c for n, c in layouts(world).items() if n in (chosen.layouts or layouts(world))}
+        known = layouts(world)
+        found = {name: known[name] for name in chosen.layouts or known}
         for case in chosen.cases:
             per_gpu = ROWS[case][0]
             alone = ours(case, per_gpu, ALONE, **how)  # every GPU for itself, at once
