@@ -6,8 +6,9 @@
 alone, and with backward. FLOPs are those of the visible pairs: ``2 (Q + V)`` a pair and head
 forward, ``2 (3 Q + 2 V)`` backward. Documents are of uneven lengths and a document sees itself
 alone. What a mask needs (a bias, a block mask) is made before the clock starts, as a step makes it
-once for all layers. flash-attn-4 joins where it can be imported. ``--sweep`` takes 65,536 tokens in
-rows of every length instead.
+once for all layers. FlexAttention, compiled anew for every shape, joins for documents; PyTorch's
+flash attention, its values padded to the width of the keys, without them; flash-attn-4 where it can
+be imported. ``--sweep`` takes 65,536 tokens in rows of every length instead.
 """
 
 import argparse
@@ -30,11 +31,11 @@ from fathom.layers.step import Step
 HEADS = 16
 SHARES = (0.25, 0.2, 0.15, 0.125, 0.1, 0.075, 0.06, 0.04)  # of the tokens, by document
 CASES = {  # widths of queries and values, rows, tokens a row, whether it is packed documents
+    "packed-8x4k": (192, 128, 1, 32768, True),
+    "packed-8x1k": (192, 128, 1, 8192, True),
     "mla-4k": (192, 128, 2, 4096, False),
     "mla-16k": (192, 128, 2, 16384, False),
     "mha-4k": (128, 128, 2, 4096, False),
-    "packed-8x1k": (192, 128, 1, 8192, True),
-    "packed-8x4k": (192, 128, 1, 32768, True),
 }
 SWEEP = {f"t{n}": (192, 128, 65536 // n, n, False) for n in (1024 * 2**i for i in range(7))}
 Case = tuple[int, int, int, int, bool]
@@ -121,7 +122,7 @@ def visible(case: Case) -> Callable[..., Tensor]:
 
 def flex(case: Case) -> Core:
     length = case[3]
-    blocks = torch.compile(create_block_mask)(visible(case), None, None, length, length)
+    blocks = create_block_mask(visible(case), None, None, length, length)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -161,9 +162,10 @@ def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def ways(case: Case, *, sweep: bool) -> dict[str, Callable[[Case], Core]]:
-    found = {"ours": ours, "cudnn": cudnn, "flex": flex}
+    found = {"ours": ours, "cudnn": cudnn}
+    found |= {"flex": flex} if case[4] else {"flash": flash}
     if not sweep:
-        found |= {"efficient": memory_efficient} | ({} if case[4] else {"flash": flash})
+        found["efficient"] = memory_efficient
     if importlib.util.find_spec("flash_attn"):
         found["flash-attn-4"] = flash_attn_4
     return found
