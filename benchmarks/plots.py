@@ -35,7 +35,7 @@ def bars(record: Record, metric: str, axis: str, *, limited: bool = False) -> Ch
     values = [
         {"case": line["case"], "who": who, "value": value}
         for line in record["rows"]
-        if line["metric"] == metric
+        if line["metric"] == metric and not line["case"].endswith(("-eager", "-graph"))
         for who, value in everyone(line).items()
     ]
     return bar_chart(values, axis, record["limits"]["gemm_tflops"] if limited else None)
