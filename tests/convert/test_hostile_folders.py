@@ -132,6 +132,7 @@ HOSTILE: dict[str, Spoil] = {
     "config that is a pipe": pipe("config.json"),
     "card that is a link": link("README.md", "/etc/passwd"),
     "tokenizer that is a device": link("tokenizer.json", "/dev/zero"),
+    "vocabulary that is a device": link("tiktoken.model", "/dev/zero"),
     "no config keys": content("config.json", b"{}"),
     "deep config": content("config.json", b'{"a":' * 100_000),
     "large config": content("config.json", b'{"a": "' + b"x" * 2**21 + b'"}'),
@@ -223,6 +224,14 @@ UNREADABLE_TOKENIZERS: dict[str, Spoil] = {
         "tokenizer.json",
         b'{"version": "1.0", "model": {"type": "Unigram", "vocab": [], "unk_id": 7}}',
     ),
+    "vocabulary that is a pickle": lambda folder: [
+        (folder / "tokenizer.json").unlink(missing_ok=True),
+        (folder / "tokenizer.model").write_bytes(pickle.dumps(Evil())),
+    ],
+    "vocabulary of one endless token": lambda folder: [
+        (folder / "tokenizer.json").unlink(missing_ok=True),
+        (folder / "tokenizer.model").write_bytes(b"QUFB" * 2**20 + b" 0\n"),
+    ],
     "tokenizer config that is deep": content("tokenizer_config.json", b"[" * 100_000),
 }
 

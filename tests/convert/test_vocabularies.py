@@ -1,6 +1,7 @@
 """Vocabularies of other forms: the ids of tiktoken and SentencePiece themselves, and refusals."""
 
 import base64
+import copy
 import io
 import json
 import lzma
@@ -21,8 +22,10 @@ from fathom.convert.sentencepiece import fields
 from fathom.convert.tiktoken import KIMI_CUTS, LLAMA3_CUTS
 from fathom.convert.tokenizer_json import split
 from fathom.data.corpus import BUNDLED
+from fathom.data.texts import Texts
 from fathom.data.tokenizer import Tokenizer
 from fathom.generate.defaults import read_defaults
+from fathom.train.evaluate import evaluate
 
 sentencepiece = pytest.importorskip("sentencepiece")
 tiktoken = pytest.importorskip("tiktoken")
@@ -135,6 +138,16 @@ def test_the_bytes_of_the_predicted_tokens_are_those_of_the_text(both) -> None:
         streamed = ours.decode_stream()
         pieces = [streamed.add(i) for i in ids[1:-1]]
         assert "".join(pieces) == " " * ours.extra_bytes + text  # inside a text the space is one
+
+
+def test_an_evaluation_counts_the_bytes_of_the_texts_themselves(both) -> None:
+    ours, _ = both
+    texts = [text for text in TRICKY if len(ours.encode(text)) > 1]
+    begun = copy.copy(ours)
+    begun.begin_ids = [ours.bos_id]  # so that every token of a text is predicted
+    model = fathom.build("tiny-llama", "groups.*.count=1", vocab_size=ours.vocab_size, dim=32)
+    found = evaluate(model, Texts(begun, {"it": texts}), seq_len=16)
+    assert found.documents["it"].units.tolist() == [len(text.encode()) for text in texts]
 
 
 def test_metas_special_tokens_stand_behind_the_ranks() -> None:
