@@ -348,20 +348,20 @@ def test_every_figure_among_the_claims_is_in_a_record() -> None:
     known = [number for path in files for number in figures_of(json.loads(path.read_text()))]
     own = results.BLOCK.sub("", (ROOT / results.PAGE).read_text(encoding="utf-8"))
     own = re.sub(r"^>.*$|\]\([^)]*\)|`[^`]*`", "", own, flags=re.MULTILINE)
-    for figure in re.findall(r"\d+\.\d+", own):
+    for figure in re.findall(r"\d+\.\d+|\d+(?= %)", own):
         digits = len(figure.partition(".")[2])
         assert float(figure) in {round(abs(number), digits) for number in known}, figure
 
 
 def figures_of(data: object) -> Iterator[float]:
-    """The single numbers of a record: as they are, in per cent, in millions; no lists of them."""
+    """The numbers of a record: as they are, in per cent, in millions; of lists the short ones."""
     if isinstance(data, dict):
         for key, value in data.items():
             if key not in ("seeds", "curves"):
                 yield from figures_of(value)
     elif isinstance(data, list):
-        for item in data:
-            yield from figures_of(item) if isinstance(item, dict | list) else ()
+        for item in data if len(data) < 20 or isinstance(data[0], dict) else ():
+            yield from figures_of(item)
     elif isinstance(data, int | float):
         yield from (data, 100 * data, data / 1e6)
 
