@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fathom.ffn.dispatch import Here, LocalDispatcher
 from fathom.ffn.experts import Experts
 from fathom.ops.experts import row_passes
 from fathom.ops.permute import Permutation, sort_by_expert, without_last
@@ -37,19 +36,6 @@ FP8_MAX = 448.0
 def eager(function: Callable[Args, Result]) -> Callable[Args, Result]:
     """Left out of compiled graphs, as it is and with all that it calls."""
     return cast(Callable[Args, Result], torch.compiler.disable(function))
-
-
-class Apart(LocalDispatcher):
-    """All experts are here, but a compiled graph ends where tokens go to them.
-
-    So their gradients, most of all there are, come and can be sent before the attention's backward
-    runs, not with its, when the next layer's experts would run beside the wire: grouped products
-    take all of a GPU's processors or two rounds.
-    """
-
-    @eager
-    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor) -> Here:
-        return super().dispatch(x_ND, expert_ids_NK)
 
 
 class Route(NamedTuple):

@@ -22,7 +22,7 @@ from fathom.ffn.experts import Experts
 from fathom.model import Decoder, uninitialised
 from fathom.model.init import fill
 from fathom.parallel.copies import Copies
-from fathom.parallel.ep import Apart, ExpertParallel
+from fathom.parallel.ep import ExpertParallel
 from fathom.parallel.mesh import Layout, is_expert, is_spread, local
 
 
@@ -50,10 +50,8 @@ def distribute(model: Decoder, layout: Layout) -> None:
     moes = [moe for _, moe in model.moe_layers()]
     for moe in moes:
         moe.sum_over_ranks = layout.sum
-        fp8, n_experts = layout.cfg.dispatch == "fp8", moe.cfg.n_routed_experts
-        if layout.cfg.ep == layout.cfg.shard == 1:
-            moe.dispatcher = Apart(n_experts)
         if layout.cfg.ep > 1:
+            fp8, n_experts = layout.cfg.dispatch == "fp8", moe.cfg.n_routed_experts
             how = {"fp8": fp8, "nodes": layout.ep_nodes}
             moe.dispatcher = ExpertParallel(n_experts, layout.ep_group, **how)
             keep_some(moe.experts, n_experts // layout.cfg.ep)
