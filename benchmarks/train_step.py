@@ -14,7 +14,7 @@ import argparse
 import functools
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ from records import limits, milliseconds, row, spread, write
 from fathom.attention import MHAConfig, MLAConfig
 from fathom.config import ModelConfig
 from fathom.ffn import DenseConfig, MoEConfig
-from fathom.model import build_model
+from fathom.model import Losses, build_model
 from fathom.presets import preset
 from fathom.settings import override, parse, to_data
 from fathom.sizing.size import size
 from fathom.train.config import TrainConfig
 from fathom.train.device import peak_flops
+from fathom.train.graph import GradientGraphs
 from fathom.train.optim import Optimizer
 
 CASES = {  # preset, what to change of it, rows, tokens a row
@@ -46,17 +47,30 @@ def config(name: str) -> ModelConfig:
     return parse(ModelConfig, override(to_data(preset(base)), changes))
 
 
-def our_step(name: str, tokens: torch.Tensor, *, compiled: bool) -> Callable[[], None]:
+def our_step(
+    name: str, tokens: torch.Tensor, *, compiled: bool, graph: bool = False
+) -> Callable[[], None]:
     model = build_model(config(name), device="cuda", dtype=torch.bfloat16)
     optimizer = Optimizer(model, TrainConfig(steps=1))
     if compiled:
         for block in model.blocks:
             block.compile(fullgraph=True)
     targets, skip = tokens.roll(-1, dims=1), torch.zeros((), device="cuda")
+    graphs = GradientGraphs(list(model.parameters()), add_up=False)
+    rows = torch.arange(len(tokens) + 1, dtype=torch.int32, device="cuda") * tokens.shape[1]
+
+    def backward(inputs: Sequence[torch.Tensor], denominator: int | torch.Tensor) -> Losses:
+        tokens, targets, borders = inputs
+        losses = model.loss(tokens, targets, borders, denominator=denominator)
+        losses.total.backward()
+        return losses
 
     def step() -> None:
-        losses = model.loss(tokens, targets, denominator=tokens.numel())
-        losses.total.backward()
+        inputs = (tokens, targets, rows)
+        if graph:
+            losses = graphs(backward, inputs, tokens.numel(), kind=None, first=True)
+        else:
+            losses = backward(inputs, tokens.numel())
         optimizer.step(LR, skip)
         model.update_expert_bias([routed.tokens_per_expert for routed in losses.routing])
         model.zero_grad()
@@ -217,6 +231,10 @@ def main() -> None:
         tokens = torch.randint(0, cfg.vocab_size, (batch, length), device="cuda")
         ours = measure(lambda t=tokens, n=name: our_step(n, t, compiled=True), tokens.numel())
         print(name, "ours", ours, flush=True)
+        replayed = measure(
+            lambda t=tokens, n=name: our_step(n, t, compiled=True, graph=True), tokens.numel()
+        )
+        print(name, "ours as a graph", replayed, flush=True)
         peers = measure_peers(name, tokens, arguments.peers)
         speeds = {who: one["tokens_per_second"] for who, one in peers.items()}
         memory = {who: one["gb"] for who, one in peers.items()}
@@ -225,6 +243,14 @@ def main() -> None:
         rows += [
             row(name, "tokens_per_second", "tokens/s", speed, speeds, spread=ours["spread"]),
             row(name, "peak_memory", "GB", ours["gb"], memory, higher_is_better=False),
+            row(
+                name + "-graph",
+                "tokens_per_second",
+                "tokens/s",
+                replayed["tokens_per_second"],
+                speeds,
+                spread=replayed["spread"],
+            ),
         ]
         if peak:
             used = {who: value * flops / peak for who, value in speeds.items()}

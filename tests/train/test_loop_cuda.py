@@ -89,6 +89,22 @@ def test_resuming_in_deterministic_mode_is_bitwise(make_config, dataset, tmp_pat
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
+@pytest.mark.parametrize("micro", ["", "train.micro_batch_size=2"], ids=["whole", "in parts"])
+def test_a_replayed_step_is_the_launched_one(make_config, dataset, tmp_path, micro):
+    losses = {}
+    for graph in ("false", "true"):
+        heard: list[str] = []
+        options = ["train.device=cuda", "train.deterministic=true", f"train.cuda_graph={graph}"]
+        cfg = make_config(*options, *filter(None, [micro]))
+        reporter = Reporter()
+        reporter.notice = heard.append
+        train(cfg, tmp_path / graph, dataset=dataset, reporter=reporter)
+        assert heard == []
+        lines = read_lines(tmp_path / graph / "metrics.jsonl")
+        losses[graph] = [(line["loss"], line["grad_norm"]) for line in lines]
+    assert losses["true"] == losses["false"]
+
+
 def test_a_compiled_run_learns_and_reports_its_mfu(make_config, dataset, run_dir):
     heard: list[str] = []
 

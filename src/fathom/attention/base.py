@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, S all tokens so far, D model dim.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,8 +51,12 @@ class Attention(nn.Module, ABC):
         if isinstance(rope, Rope):
             step.angles(rope)
 
-    def set_progress(self, progress: float) -> None:
-        """Training has come so far, from 0 to 1: for what follows a schedule. Nothing does here."""
+    def set_progress(self, progress: float) -> Hashable:
+        """Training has come so far, from 0 to 1: for what follows a schedule. Nothing does here.
+
+        Returns what of the schedule holds now: a forward is the same as long as it is equal.
+        """
+        return None
 
     def selection(self, x_BTD: Tensor, step: Step) -> Selection | None:
         """Which blocks a sparse attention selects, for probes. None: it reads all it may see."""

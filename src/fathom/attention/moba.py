@@ -128,8 +128,9 @@ class MoBA(Attention):
         if cfg.key_conv_size is not None:
             self.key_conv = nn.Parameter(torch.empty(cfg.key_conv_size, cfg.kv_width))
 
-    def set_progress(self, progress: float) -> None:
+    def set_progress(self, progress: float) -> bool:
         self.full = self.cfg.full_from is not None and progress >= self.cfg.full_from
+        return self.full
 
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
         q_BTHQ, k_BTGQ = self.queries_keys(x_BTD, step)

@@ -5,7 +5,7 @@ A Llama-like and a DeepSeek-like transformer differ only in what their layer gro
 Shapes: B batch, T new tokens, D model dim, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -121,7 +121,9 @@ class Decoder(nn.Module):
 
     def _run(self, block: nn.Module, x_BTD: Tensor, step: Step) -> BlockOutput:
         if self.checkpoint_blocks and torch.is_grad_enabled():
-            result = checkpoint(block, x_BTD, step, use_reentrant=False)
+            result = checkpoint(  # nothing in a block draws random numbers
+                block, x_BTD, step, use_reentrant=False, preserve_rng_state=False
+            )
             assert isinstance(result, BlockOutput)
             return result
         return block(x_BTD, step)
@@ -163,7 +165,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         progress: float = 0.0,
-        denominator: int | None = None,
+        denominator: int | Tensor | None = None,
         share: float = 1.0,
         counts_before: Sequence[Tensor] = (),
     ) -> Losses:
@@ -182,8 +184,7 @@ class Decoder(nn.Module):
         """
         for (_, moe), counts_E in zip_longest(self.moe_layers(), counts_before):
             moe.counts_before = counts_E
-        for attention in self.attentions():
-            attention.set_progress(progress)
+        coeff, _ = self.phase(progress)
         step = Step.full(tokens_BT, cu_seqlens)
         hidden = self.hidden(tokens_BT, step)
         count = denominator
@@ -202,9 +203,13 @@ class Decoder(nn.Module):
         zero = main.new_zeros(())
         balance = sum((routed.balance_loss * share for routed in routing), start=zero)
         index = sum((loss * share for loss in index_losses), start=zero)
-        coeff = 0.0 if self.cfg.mtp is None else self.cfg.mtp.loss_coeff(progress)
         total = main + coeff * mtp + balance + index
         return Losses(total, main, mtp, balance, index, routing)
+
+    def phase(self, progress: float) -> tuple[float, tuple[Hashable, ...]]:
+        """Bring what follows a schedule to ``progress``: MTP's weight, and how attentions read."""
+        coeff = 0.0 if self.cfg.mtp is None else self.cfg.mtp.loss_coeff(progress)
+        return coeff, tuple(attention.set_progress(progress) for attention in self.attentions())
 
     def _cross_entropy(self, states_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         return linear_cross_entropy(

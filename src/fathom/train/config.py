@@ -52,6 +52,8 @@ class TrainConfig(Config):
             to it (``ops/rounding.py``).
         device: auto is cuda where there is one, else cpu.
         compile: compile each block with ``torch.compile``.
+        cuda_graph: record forward and backward as CUDA graphs and replay them: for models so small
+            that launching kernels takes longer than running them. On one GPU.
         activation_checkpointing: recompute each block in the backward pass, to save memory.
         deterministic: refuse operations whose result may differ from run to run.
         spike_sigmas: a step whose loss or gradient norm is so many standard deviations above those
@@ -97,6 +99,7 @@ class TrainConfig(Config):
     rounding: Rounding = "nearest"
     device: Device = "auto"
     compile: bool = False
+    cuda_graph: bool = False
     activation_checkpointing: bool = False
     deterministic: bool = False
     spike_sigmas: float = 6.0
@@ -190,6 +193,11 @@ class RunConfig(Config):
         )
         for name in ("tokens_per_step", "ramp_from_tokens"):
             self._check_rows(name)
+        require(
+            not self.train.cuda_graph or self.parallel.world == 1,
+            "train.cuda_graph=true is for one process: exchanges between several are not recorded; "
+            "leave it out",
+        )
         self.parallel.check_model(self.model)
 
     def _check_rows(self, name: str) -> None:
@@ -265,6 +273,7 @@ FREE = (
         "micro_batch_size",
         "device",
         "compile",
+        "cuda_graph",
         "activation_checkpointing",
         "deterministic",
     ),

@@ -177,8 +177,8 @@ class Trainer:
         cfg = self.cfg.train
         total = sum(rows_at(self.cfg, step) for step in range(cfg.steps)) * self.cfg.data.seq_len
         self.reporter.start(step=self.progress.step, steps=cfg.steps, tokens=total)
-        if cfg.compile and self.progress.step < cfg.steps:
-            compile_blocks(self.learner.model, self.learner.warm_up, self.reporter.notice)
+        if self.progress.step < cfg.steps:
+            self.speed_up()
         self.journal.clock = time.perf_counter()
         while self.progress.step < cfg.steps:
             self.step()
@@ -195,6 +195,23 @@ class Trainer:
             if stopping and self.progress.step < cfg.steps:
                 return self.result("interrupted")
         return self.result("done")
+
+    def speed_up(self) -> None:
+        """Compile and record what is asked for; where that cannot be had, say so and go on."""
+        cfg, learner, notice = self.cfg.train, self.learner, self.reporter.notice
+        if cfg.compile:
+            compile_blocks(learner.model, learner.warm_up, notice)
+        if not cfg.cuda_graph:
+            return
+        reason = "there is no GPU" if learner.device.type != "cuda" else ""
+        try:
+            if not reason:
+                learner.record()
+        except RuntimeError as error:  # some operation waits for the device, or is not for graphs
+            learner.graphs, reason = None, str(error).strip().splitlines()[0]
+            learner.model.zero_grad(set_to_none=True)
+        if reason:
+            notice(f"train.cuda_graph=true cannot be had here ({reason}); going on without it")
 
     def step(self) -> None:
         """One step of training, and a look at the save that may be under way."""

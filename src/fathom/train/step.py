@@ -21,6 +21,7 @@ from fathom.parallel.mesh import local
 from fathom.parallel.step import accumulate
 from fathom.train import checkpoint
 from fathom.train.config import RunConfig
+from fathom.train.graph import GradientGraphs
 from fathom.train.guards import SpikeGuard, bits
 from fathom.train.metrics import Sums
 from fathom.train.optim import Optimizer, clip_factor, freeze_all_but, gradient_norm
@@ -75,6 +76,7 @@ class Learner:
         )
         sizes = dataset.tokenizer.token_bytes + dataset.tokenizer.is_symbol
         self.token_sizes = torch.from_numpy(sizes)  # bytes; a symbol counts as one
+        self.graphs: GradientGraphs | None = None
 
     @property
     def progress(self) -> checkpoint.Progress:
@@ -124,38 +126,59 @@ class Learner:
         progress = self.progress.step / self.cfg.train.steps
         for batch in batches:
             accumulate(self.model, self.layout, last=batch is batches[-1])
-            losses = self.losses(
-                batch,
-                progress=progress,
-                denominator=n_targets,
-                share=share,
-                counts_before=sums.counts,
-            )
-            losses.total.backward()
+            inputs = [*self.moved(batch), *sums.counts]
+            if self.graphs is None:
+                losses = self.backward(inputs, n_targets, progress, share)
+            else:
+                losses = self.graphs(
+                    lambda inputs, count: self.backward(inputs, count, progress, share),
+                    inputs,
+                    n_targets,
+                    kind=(share, self.model.phase(progress)),
+                    first=batch is batches[0],
+                )
             sums.add(losses)
         return sums
 
-    def losses(
-        self,
-        batch: Batch,
-        *,
-        progress: float,
-        denominator: int,
-        share: float = 1.0,
-        counts_before: Sequence[Tensor] = (),
-    ) -> Losses:
-        """The forward pass of one micro-batch, as in :meth:`Decoder.loss`."""
+    def moved(self, batch: Batch) -> list[Tensor]:
+        """Tokens, targets and borders on the device, without a wait."""
         inputs = [batch.tokens, batch.targets, batch.cu_seqlens]
         if self.device.type == "cuda":
             inputs = [tensor.pin_memory() for tensor in inputs]
-        on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+        return [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+
+    def backward(
+        self,
+        inputs: Sequence[Tensor],
+        denominator: int | Tensor,
+        progress: float,
+        share: float = 1.0,
+    ) -> Losses:
+        """Forward and backward of one micro-batch; the arguments are those of ``Decoder.loss``.
+
+        ``inputs`` are tokens, targets, borders, and the experts' counts of the step before it.
+        """
+        losses = self.losses(inputs, denominator=denominator, progress=progress, share=share)
+        losses.total.backward()
+        return losses
+
+    def losses(
+        self,
+        inputs: Sequence[Tensor],
+        *,
+        denominator: int | Tensor,
+        progress: float,
+        share: float,
+    ) -> Losses:
+        """The forward pass alone."""
+        tokens_BT, targets_BT, cu_seqlens, *counts = inputs
         with self.precision():
             return self.model.loss(
-                *on_device,
+                *(tokens_BT, targets_BT, cu_seqlens),
                 progress=progress,
                 denominator=denominator,
                 share=share,
-                counts_before=counts_before,
+                counts_before=counts,
             )
 
     def precision(self) -> AbstractContextManager[object]:
@@ -181,7 +204,18 @@ class Learner:
     def warm_up(self) -> None:
         """One forward and backward pass of the next batch, which leaves no trace."""
         batch = self.loader.peek()
-        self.losses(batch, progress=0.0, denominator=batch.targets.numel()).total.backward()
+        self.backward(self.moved(batch), batch.targets.numel(), progress=0.0)
+        self.model.zero_grad(set_to_none=True)
+
+    def record(self) -> None:
+        """From now on the gradients come from CUDA graphs; the first is recorded here."""
+        micro, rows = self.cfg.train.micro_batch_size, rows_at(self.cfg, self.progress.step)
+        add_up = (
+            micro is not None and micro * self.cfg.data.seq_len < self.cfg.train.tokens_per_step
+        )
+        self.graphs = GradientGraphs(list(self.model.parameters()), add_up=add_up)
+        batch = self.loader.peek()
+        self.gradients([batch] * (rows // self.rows), batch.targets.numel())
         self.model.zero_grad(set_to_none=True)
 
     def load(self, start: Path | None) -> None:
