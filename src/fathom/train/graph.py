@@ -117,5 +117,5 @@ def copied(losses: Losses) -> Losses:
         mtp=copy(losses.mtp),
         balance=copy(losses.balance),
         index=copy(losses.index),
-        routing=[Routing(*map(copy, one)) for one in losses.routing],
+        routing=[Routing(*map(copy, one[:3])) for one in losses.routing],  # one process: no reach
     )
