@@ -32,6 +32,15 @@ def test_three_settings_are_named_and_each_of_them_fits():
         assert sum(needed(read_run_config(BIG, setting.split())).values()) < 0.9 * total, setting
 
 
+def test_master_weights_need_two_bytes_more_of_each_weight():
+    plain, master = (
+        needed(read_run_config(BIG, ["train.dtype=bf16", f"train.rounding={rounding}"]))
+        for rounding in ("nearest", "master")
+    )
+    more = master.pop("optimizer") - plain.pop("optimizer")
+    assert (more, master) == (plain["weights"], plain)
+
+
 def test_where_nothing_fits_that_is_said():
     assert advice(read_run_config(BIG), 10**6).endswith("a smaller model, or more GPUs, would fit")
 

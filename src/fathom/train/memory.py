@@ -71,6 +71,8 @@ def needed(cfg: RunConfig) -> dict[str, int]:
     if cfg.train.dtype == "bf16":
         for name in ("weights", "gradients", "optimizer"):
             found[name] //= 2
+    if cfg.train.rounding == "master":
+        found["optimizer"] += found["weights"]  # 16 bits more of each
     return found
 
 
