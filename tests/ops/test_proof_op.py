@@ -81,6 +81,18 @@ def test_the_checks_of_the_kernels_pass_in_float32(op, monkeypatch):
     assert all(proof._error(got, want) < 1e-5 for got, want in op._check(CPU))
 
 
+@pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(), reason="kernels are interpreted without CUDA"
+)
+def test_the_check_of_adamws_roundings_passes_and_finds_rounding_to_the_nearest(monkeypatch):
+    errors = [proof._error(got, want) for got, want in adamw._check_rounding(CPU)]
+    assert max(errors) < 1e-3
+    kernel = adamw._adamw
+    monkeypatch.setattr(adamw, "_adamw", lambda *args: kernel(*args[:-2], [], None))
+    errors = [proof._error(got, want) for got, want in adamw._check_rounding(CPU)]
+    assert min(errors) > 0.1
+
+
 @pytest.mark.parametrize("proven", [True, False])
 def test_a_loss_whose_kernel_failed_has_the_same_gradients(proven, monkeypatch):
     monkeypatch.setattr(cross_entropy, "settle", lambda impl, *_: "torch" if proven else impl)
@@ -94,8 +106,13 @@ def test_a_loss_whose_kernel_failed_has_the_same_gradients(proven, monkeypatch):
     torch.testing.assert_close(found, want)
 
 
+CHECKS = ["adamw._check", "adamw._check_rounding"]
+CHECKS += ["experts._check", "cross_entropy._check", "router._check"]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["adamw", "experts", "cross_entropy", "router"])
-def test_the_kernels_prove_themselves_here(op):
-    check = import_module(f"fathom.ops.{op}")._check
-    assert proves(check, torch.device("cuda", torch.cuda.current_device()))
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_kernels_prove_themselves_here(name):
+    op, _, check = name.partition(".")
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert proves(getattr(import_module(f"fathom.ops.{op}"), check), device)

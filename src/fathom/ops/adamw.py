@@ -92,7 +92,8 @@ def adamw(
     offered = ADAMW if seed is None and not lows else OWN_ROUNDING
     chosen = choose(offered, impl, *params, *exp_avgs, *exp_avg_sqs)
     if (impl, chosen) == ("auto", "triton"):
-        chosen = settle(PROVEN, _check, params[0].device)
+        check = _check if offered is ADAMW else _check_rounding
+        chosen = settle(PROVEN, check, params[0].device)
         chosen = chosen if chosen in offered.refusals else "reference"
     moments = list(exp_avgs), list(exp_avg_sqs)
     columns = list(params), list(grads), *moments, list(steps), list(decays)
@@ -227,3 +228,22 @@ def _check(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     for got, want in zip(found, exact, strict=True):
         yield from zip(got, want, strict=True)
     yield torch.stack(steps), torch.stack(exact_steps).double()
+
+
+def _check_rounding(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """How far parameters go with lower halves and by chance: the kernel's, the definition's."""
+    start = [random(96, 128, device=device), random(33, device=device)]
+    zero, rate = (torch.full((), value, device=device) for value in (0.0, 2e-3))
+    for seed in (None, 3):
+        moved = []
+        for run in (_adamw, adamw_reference):
+            params, grads = [p.clone() for p in start], [p.sign() for p in start]
+            moments = [[torch.zeros_like(p) for p in start] for _ in range(2)]
+            steps = [torch.zeros((), device=device) for _ in start]
+            lows = [torch.zeros_like(p, dtype=torch.int16) for p in start] if seed is None else []
+            rest = [0.0, 0.1], rate, zero, None, 0.9, 0.99, 1e-8, lows, seed
+            run(params, grads, moments[0], moments[1], steps, *rest)
+            ends = [joined(*pair) for pair in zip(params, lows, strict=True)] if lows else params
+            pairs = zip(ends, start, strict=True)
+            moved.append(torch.cat([(end.double() - p.double()).flatten() for end, p in pairs]))
+        yield moved[0], moved[1]
