@@ -102,7 +102,9 @@ def _joined(meeting: Path, rank: int, size: int) -> Ranks:
         timeout=timedelta(seconds=LEAVE_SECONDS),
     )
     assert dist.group.WORLD is not None
-    return Ranks(dist.group.WORLD)
+    ranks = Ranks(dist.group.WORLD)
+    ranks.gather(0)  # one that still looks for the others would look for the dead, too
+    return ranks
 
 
 def _share(tensors: Tensors, rank: int, size: int) -> Tensors:
