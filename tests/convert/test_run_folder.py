@@ -357,6 +357,16 @@ def test_pruning_keeps_the_newest(tmp_path):
     assert len(committed(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(
+    ("before", "left"),
+    [(None, [4, 8, 10]), (3, [2, 4, 8, 10]), (2, [1, 4, 8, 10]), (9, [4, 8, 10])],
+)
+def test_pruning_keeps_what_a_run_may_return_to_and_every_so_many(tmp_path, before, left):
+    make_run(tmp_path, 1, 2, 3, 4, 8, 10)
+    prune(tmp_path, keep=2, every=4, needed_before=before)
+    assert [step_of(path) for path in committed(tmp_path)] == left
+
+
 def test_a_block_that_fails_leaves_nothing(tmp_path):
     make_run(tmp_path, 1)
     with suppress(KeyError), new_checkpoint(checkpoint_path(tmp_path, 2)) as folder:

@@ -212,7 +212,7 @@ def test_persistent_spikes_go_back_and_leave_their_data_out(make_config, fit, ru
     assert state["guard"]["rollbacks"] == 1
 
 
-@pytest.mark.parametrize("stops", [(3, 13), (17, 1)], ids=str)
+@pytest.mark.parametrize("stops", [(3, 13), (17, 1), (13, 1, 1)], ids=str)
 def test_a_chain_of_stops_around_a_return_is_the_run_that_never_stopped(
     make_config, fit, tmp_path, spiky, stops
 ):

@@ -155,11 +155,17 @@ def sweep(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(run: Path, keep: int, every: int = 0) -> None:
-    """Remove all but the ``keep`` newest checkpoints of a run, and those of every so many steps."""
+def prune(run: Path, keep: int, every: int = 0, *, needed_before: int | None = None) -> None:
+    """Remove all but the ``keep`` newest checkpoints of a run, and those of every so many steps.
+
+    Args:
+        needed_before: the newest one before this step stays too: the run may return to it.
+    """
     assert keep >= 2
-    for folder in committed(run)[:-keep]:
-        if not every or step_of(folder) % every:
+    folders = committed(run)
+    needed = [f for f in folders if needed_before is not None and step_of(f) < needed_before]
+    for folder in folders[:-keep]:
+        if folder not in needed[-1:] and (not every or step_of(folder) % every):
             remove(folder)
 
 

@@ -47,7 +47,7 @@ from fathom.model import Decoder
 from fathom.settings import ConfigError, Data, to_toml
 from fathom.train.changes import check_same_run
 from fathom.train.config import RunConfig, identity
-from fathom.train.guards import SpikeGuard
+from fathom.train.guards import SPAN, SpikeGuard
 from fathom.train.optim import Optimizer
 
 Place = Callable[[str, Tensor], Tensor | Part]
@@ -132,7 +132,7 @@ def snapshot(cfg: RunConfig, parts: Parts, tokenizer: Tokenizer) -> Snapshot:
 
 
 def save(run: Path, taken: Snapshot, ranks: Ranks | None = None) -> Path:
-    """Commit a checkpoint, then remove the oldest beyond ``train.keep``.
+    """Commit a checkpoint, then remove the oldest beyond ``train.keep`` that nothing may need.
 
     Every one of ``ranks`` calls it; all return or all raise.
 
@@ -156,7 +156,9 @@ def save(run: Path, taken: Snapshot, ranks: Ranks | None = None) -> Path:
             f"{reason or error}; the checkpoints before it are untouched"
         ) from error
     if ranks.rank == 0:
-        prune(run, taken.config.train.keep, taken.config.train.keep_every)
+        cfg = taken.config.train
+        spikes = (at for at in taken.state["guard"]["spikes"] if at > taken.step - SPAN)
+        prune(run, cfg.keep, cfg.keep_every, needed_before=min(spikes, default=None))
     return final
 
 
