@@ -269,7 +269,7 @@ def sweep(machine: Mapping[str, float]) -> None:
         print(name, speed, limit[name], flush=True)
         mine, wide = speed.pop("ours"), found["ours"]["spread"]
         rows.append(row(name, "fwd_bwd", "TFLOP/s", mine, speed, spread=wide))
-    write("moe_layer_scaling", rows, machine, base=BASE, roofline=limit)
+        write("moe_layer_scaling", rows, machine, base=BASE, roofline=limit)  # as far as it got
 
 
 def main() -> None:

@@ -163,7 +163,10 @@ DRAWN: dict[str, tuple[str, Callable[[Record], Chart]]] = {  # file: benchmark, 
         "expert_parallel",
         lambda record: bars(record, "tokens_per_second", "tokens a second of all GPUs"),
     ),
-    "router": ("router", lambda record: bars(record, "router", "milliseconds")),
+    "router": (
+        "router",
+        lambda record: bars(record, "router", "milliseconds, forward and backward"),
+    ),
     "optimizer": ("optimizer", lambda record: bars(record, "ms", "milliseconds a step")),
 }
 
