@@ -198,8 +198,9 @@ def test_it_steps_as_torchs_fused_kernel_does_and_bit_by_bit_again(dtype):
     last_place = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
     for a, b, c in zip(*map(chain.from_iterable, results), strict=True):
         assert torch.equal(a, b)
-        torch.testing.assert_close(a, c, rtol=last_place, atol=1e-6)
-        assert (a != c).float().mean() < (0.01 if dtype == torch.bfloat16 else 1)
+        apart = ~torch.isclose(a, c, rtol=last_place, atol=1e-6)
+        assert apart.float().mean() <= (0.0 if dtype == torch.float32 else 0.005)  # ties round on
+        assert (a.double() - c.double()).norm() <= last_place * c.double().norm()
 
 
 @pytest.mark.gpu
@@ -260,7 +261,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_stepped_to_its_end():
 
 def test_nothing_spills_and_aligned_tensors_move_by_16_bytes():
     table = {"chunks_4C": "*i64", "table_RN": "*i64", "rates_3N": "*fp32", "skip": "*fp32"}
-    rates = dict.fromkeys(("beta1", "beta2", "eps"), "fp32")
+    rates = dict.fromkeys(("beta1", "beta2", "new1", "new2", "eps"), "fp32")
     types = table | rates | {"chunks": "i32", "tensors": "i32", "BLOCK": kernel.BLOCK}
     sources = []
     for dtype, aligned, more in (

@@ -75,6 +75,8 @@ def _update(
     tensors,
     beta1,
     beta2,
+    new1,  # 1 - beta1, which float32 could not take from beta1 without losing digits
+    new2,
     eps,
     ALIGNED: tl.constexpr,  # what addresses and sizes are multiples of, or 1
     BLOCK: tl.constexpr,
@@ -109,8 +111,8 @@ def _update(
             p = ((above << 16) + below).to(tl.float32, bitcast=True)
         p = p.to(tl.float32)
         p -= shrink * p
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g * g
+        m = beta1 * m + new1 * g
+        v = beta2 * v + new2 * g * g
         p -= rate * m / (tl.sqrt(v) * root + eps)
         tl.store(exp_avg + i, m.to(exp_avg_0.dtype.element_ty), mask=inside)
         tl.store(exp_avg_sq + i, v.to(exp_avg_sq_0.dtype.element_ty), mask=inside)
@@ -211,7 +213,7 @@ def _step(
         _update[(chunks,)](
             *(chunks_4C, table_RN, rates_3N, skip, scale, seed if by_chance else None),
             *(like if len(like) == 5 else [*like, None]),
-            *(chunks, tensors, beta1, beta2, eps),
+            *(chunks, tensors, beta1, beta2, 1 - beta1, 1 - beta2, eps),
             ALIGNED=ALIGNED if _is_aligned(like) else 1,
             BLOCK=BLOCK,
             num_warps=WARPS,
