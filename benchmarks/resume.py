@@ -5,7 +5,8 @@ loss, MTP), AdamW and Muon, saves that wait and saves in the background, whole a
 batches, one process and two. Records of every step and the bytes of the last checkpoint must be
 those of the run that never stopped. The models are tiny; the steps and stops are not fewer.
 
-    python benchmarks/resume.py [--steps 500] [--stops 5] [--minutes 60] [--folder /dev/shm]
+    python benchmarks/resume.py [--steps 500] [--stops 5] [--skip 0] [--minutes 60]
+                                [--folder /dev/shm]
 """
 
 import argparse
@@ -59,12 +60,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--stops", type=int, default=5)
+    parser.add_argument("--skip", type=int, default=0, help="the first of the 32 ways to run")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--folder", type=Path, default=None)
     args, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     begun, tried, same = time.monotonic(), {}, {}
-    for family, ranks, cfg in combinations(args.steps):
+    for family, ranks, cfg in itertools.islice(combinations(args.steps), args.skip, None):
         if time.monotonic() - begun > 60 * args.minutes:
             break
         case = f"{family}, {ranks} process{'es' * (ranks > 1)}"
@@ -76,7 +78,7 @@ def main() -> None:
         print(f"{time.monotonic() - begun:5.0f} s", case, *about, problem or "same", flush=True)
     metric = f"equal to the bit after {args.stops} stops in {args.steps} steps"
     rows = [row(case, metric, "chains", same[case], {"tried": tried[case]}) for case in tried]
-    write("resume", rows, limits(), **WAYS)
+    write("resume_rest" if args.skip else "resume", rows, limits(), skipped=args.skip, **WAYS)
 
 
 def combinations(steps: int) -> Iterator[tuple[str, int, RunConfig]]:

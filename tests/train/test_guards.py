@@ -66,6 +66,15 @@ def test_wobbles_of_a_flat_curve_are_no_spikes():
     assert not any(one["spike"] for one in verdicts(SpikeGuard(6.0, CPU), figures))
 
 
+@pytest.mark.parametrize(("times", "spike"), [(6.5, False), (7.5, True)])
+def test_only_a_sevenfold_gradient_norm_is_a_spike(times, spike):
+    """Rows of an odd kind raise it sixfold in real runs, while the loss falls."""
+    figures = torch.full((200, 2), 2.0)
+    figures[150, 1] *= times
+    found = verdicts(SpikeGuard(6.0, CPU), figures)
+    assert [one["spike"] > 0 for one in found] == [spike and step == 150 for step in range(200)]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("column", [0, 1])
 def test_what_is_not_finite_is_no_spike_and_leaves_no_mark(bad, column):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import distributed as dist
 
 from fathom.convert.parts import Part, cut
@@ -95,6 +96,33 @@ def test_a_checkpoint_of_three_ranks_is_that_of_one(make_config, parts, tokenize
         (load_model(run_dir)[0].state_dict(), parts.model.state_dict()),
     ):
         assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def test_its_bytes_are_those_of_the_whole_tensors_however_they_are_held(
+    make_config, parts, tokenizer
+):
+    tensors = [*parts.model.state_dict().values(), *parts.optimizer.state().values()]
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def one_row(_: str, tensor: torch.Tensor) -> torch.Tensor | Part:
+        if tensor.ndim == 0:
+            return tensor
+        return cut(tensor[:1], dim=0, index=0, parts=len(tensor), size=len(tensor))
+
+    for place in (None, one_row):
+        taken = snapshot(make_config(), replace(parts, place=place), tokenizer)
+        assert taken.num_bytes == whole
+
+
+def test_tensors_that_cannot_be_written_are_an_error_of_the_save(
+    make_config, parts, tokenizer, run_dir, monkeypatch
+):
+    def refuse(*args: object, **more: object) -> None:
+        raise SafetensorError("no such dtype")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", refuse)
+    with pytest.raises(OSError, match=r"cannot save .*: no such dtype; the checkpoints before it"):
+        save(run_dir, snapshot(make_config(), parts, tokenizer))
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle_or_names_the_folder(

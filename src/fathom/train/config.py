@@ -56,8 +56,9 @@ class TrainConfig(Config):
             that launching kernels takes longer than running them. On one GPU.
         activation_checkpointing: recompute each block in the backward pass, to save memory.
         deterministic: refuse operations whose result may differ from run to run.
-        spike_sigmas: a step whose loss or gradient norm is so many standard deviations above those
-            of the last 128 steps is skipped (``train/guards.py``); 0: never.
+        spike_sigmas: a step whose loss is so many standard deviations above those of the last 128
+            steps, or its gradient norm seven times as high, is skipped (``train/guards.py``); 0:
+            never.
         repeat_every: steps between those whose gradients are computed twice and compared bit by
             bit, against hardware that errs; 0: never. Needs ``deterministic``.
         hang_seconds: a step that takes longer, and ten times the median, ends the process with the
