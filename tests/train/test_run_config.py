@@ -127,6 +127,7 @@ def test_two_runs_are_the_same_if_only_free_keys_differ():
         **{"eval_every": 3, "eval_bytes": 9, "sample_every": 2, "log_every": 1, "compile": True},
         **{"activation_checkpointing": True, "deterministic": True, "log_load": True},
         **{"repeat_every": 9, "hang_seconds": 60.0, "async_save": True, "keep_every": 100},
+        "cuda_graph": True,
     }
     assert set(other) == set(FREE)
     changed = replace(cfg, train=replace(cfg.train, **other))
