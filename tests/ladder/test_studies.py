@@ -26,7 +26,7 @@ def test_a_shortened_study_trains_every_arm_and_answers_every_probe(name, corpus
         name,
         [
             f"data.source={corpus}",
-            "data.seq_len=128",
+            *("data.weights={}", "data.seq_len=128"),
             *("train.device=cpu", "train.dtype=float32", "train.compile=false"),
             *("train.tokens_per_step=256", "train.micro_batch_size=none", "train.warmup_steps=1"),
             *("model.dim=128", "model.groups.*.count=1", "model.max_seq_len=4096"),
