@@ -11,7 +11,7 @@ from fathom.train.config import RunConfig
 from gpus import check_layer, follow_in, on_gpus
 from layouts import LAYOUTS
 
-pytestmark = pytest.mark.multi_gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu]
 ON_GPUS = ["train.device=cuda", "train.save_every=20"]
 
 
@@ -36,5 +36,6 @@ def test_twenty_steps_on_gpus_are_those_of_one(layout, make_config, train_on_gpu
     torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 def test_a_layer_over_two_gpus_is_as_exact_as_on_one_and_fp8_loses_a_few_percent():
     on_gpus(2, check_layer)
