@@ -144,7 +144,11 @@ class Step:
             return self.cu_seqlens
         batch, length = self.positions_BT.shape
         device = self.positions_BT.device
-        return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+        def rows() -> Tensor:
+            return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+        return self.once("borders", rows)
 
     def visible(self) -> Tensor | None:
         """Which tokens of a row each sees, bool ``[B, T, T]``; None: all before it, and itself."""

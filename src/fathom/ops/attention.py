@@ -69,9 +69,8 @@ def attention(
         ValueError: G does not divide H, a ``causal`` that cannot be, a refused ``impl``.
     """
     q_BTHQ, k_BSGQ, v_BSGV = autocast(q_BTHQ, k_BSGQ, v_BSGV)
-    length, heads = q_BTHQ.shape[1:3]
-    if heads % k_BSGQ.shape[2]:
-        raise ValueError(f"{heads} query heads do not divide among {k_BSGQ.shape[2]} key heads")
+    check_heads(q_BTHQ, k_BSGQ)
+    length = q_BTHQ.shape[1]
     if causal and (mask is not None or length not in (1, k_BSGQ.shape[1])):
         raise ValueError(
             f"causal=True needs as many keys as queries and no mask, got {length} queries and "
@@ -83,6 +82,17 @@ def attention(
     run = attention_reference if chosen == "reference" else torch_attention
     bias = None if mask is None else additive(mask, q_BTHQ.dtype)
     return run(q_BTHQ, k_BSGQ, v_BSGV, scale, bias, causal)
+
+
+def check_heads(q_BTHQ: Tensor, k_BSGQ: Tensor) -> None:
+    """Refuse query heads that the key heads cannot share equally.
+
+    Raises:
+        ValueError: G does not divide H.
+    """
+    heads, groups = q_BTHQ.shape[2], k_BSGQ.shape[2]
+    if heads % groups:
+        raise ValueError(f"{heads} query heads do not divide among {groups} key heads")
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

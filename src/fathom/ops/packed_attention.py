@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fathom.ops.attention import additive, attention_reference
+from fathom.ops.attention import additive, attention_reference, check_heads
 from fathom.ops.registry import (
     Impl,
     Implementations,
@@ -72,10 +72,7 @@ def packed_attention(
         ValueError: G does not divide H, or a refused ``impl``.
     """
     q_BTHQ, k_BTGQ, v_BTGV = autocast(q_BTHQ, k_BTGQ, v_BTGV)
-    if q_BTHQ.shape[2] % k_BTGQ.shape[2]:
-        raise ValueError(
-            f"{q_BTHQ.shape[2]} query heads do not divide among {k_BTGQ.shape[2]} key heads"
-        )
+    check_heads(q_BTHQ, k_BTGQ)
     if choose(PACKED_ATTENTION, impl, q_BTHQ, k_BTGQ, v_BTGV) == "reference":
         batch, length = q_BTHQ.shape[:2]
         seen_BTT = same_document(cu_seqlens, batch, length, window_size)

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fathom.ops.attention import additive, attention_reference, torch_attention, torch_refusal
+from fathom.ops.attention import (
+    additive,
+    attention_reference,
+    check_heads,
+    torch_attention,
+    torch_refusal,
+)
 from fathom.ops.chunks import by_queries, chunk_size
 from fathom.ops.registry import (
     Impl,
@@ -93,10 +99,7 @@ def range_attention_with_sums(
         ValueError: G does not divide H, or a refused ``impl``.
     """
     q_BTHQ, k_BSGQ, v_BSGV = autocast(q_BTHQ, k_BSGQ, v_BSGV)
-    if q_BTHQ.shape[2] % k_BSGQ.shape[2]:
-        raise ValueError(
-            f"{q_BTHQ.shape[2]} query heads do not divide among {k_BSGQ.shape[2]} key heads"
-        )
+    check_heads(q_BTHQ, k_BSGQ)
     chosen = choose(RANGE_ATTENTION, impl, q_BTHQ, k_BSGQ, v_BSGV)
     if chosen == "triton":
         return _range_attention(
